@@ -1,0 +1,264 @@
+"""The Kubernetes objects that Sluice reads: of each, the fields that matter, decoded one by one.
+
+An object is decoded from JSON bytes (API server) or from plain values (YAML manifests) into frozen structs that
+mirror the API's own shape, so that a clause such as SVC-9 can be read beside the code.  Unknown fields are passed
+over.  Absent and `null` mean the same, as they do to the API's Go types.  Whatever a field holds beyond its type
+(addresses, prefixes) is text here: `proxy.compute` parses it, leniently where kube-proxy does.
+
+Equality of two objects means equality of what matters, not of `resourceVersion` or `managedFields`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
+
+import msgspec
+
+
+class ObjectError(Exception):
+    """An object cannot be used; the message says which field is wrong, in the API's terms."""
+
+
+class Key(NamedTuple):
+    """The name of an object within its resource; cluster-scoped objects have an empty namespace."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}" if self.namespace else self.name
+
+
+class _Part(msgspec.Struct, frozen=True, rename="camel", gc=False, omit_defaults=True):
+    """A part of an object."""
+
+
+class Metadata(_Part, frozen=True):
+    name: str = ""
+    namespace: str = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    creation_timestamp: str = ""
+    """RFC 3339 in UTC with a `Z`, as API servers print it: as text it sorts like the time."""
+    deletion_timestamp: str = ""
+
+
+class _Object(_Part, frozen=True):
+    metadata: Metadata = Metadata()
+
+    @property
+    def key(self) -> Key:
+        return Key(self.metadata.namespace, self.metadata.name)
+
+
+# --- Service -----------------------------------------------------------------------------------------------
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class ServicePort(_Part, frozen=True):
+    port: Port
+    name: str = ""
+    protocol: str = "TCP"
+    node_port: Port = 0
+
+
+class ClientIPConfig(_Part, frozen=True):
+    timeout_seconds: int = 10800
+
+
+class SessionAffinityConfig(_Part, frozen=True):
+    # "clientIP" is what the API calls it; camel case would say "clientIp".
+    client_ip: ClientIPConfig = msgspec.field(default=ClientIPConfig(), name="clientIP")
+
+
+class ServiceSpec(_Part, frozen=True):
+    type: str = "ClusterIP"
+    cluster_ip: str = msgspec.field(default="", name="clusterIP")
+    cluster_ips: list[str] = msgspec.field(default_factory=list, name="clusterIPs")
+    ip_families: list[str] = msgspec.field(default_factory=list)
+    ports: list[ServicePort] = []
+    selector: dict[str, str] = {}
+    external_ips: list[str] = msgspec.field(default_factory=list, name="externalIPs")
+    load_balancer_source_ranges: list[str] = []
+    health_check_node_port: Port = 0
+    external_traffic_policy: str = ""
+    internal_traffic_policy: str = ""
+    session_affinity: str = "None"
+    session_affinity_config: SessionAffinityConfig = SessionAffinityConfig()
+
+
+class LoadBalancerIngress(_Part, frozen=True):
+    ip: str = ""
+    ip_mode: str = ""
+
+
+class LoadBalancerStatus(_Part, frozen=True):
+    ingress: list[LoadBalancerIngress] = []
+
+
+class ServiceStatus(_Part, frozen=True):
+    load_balancer: LoadBalancerStatus = LoadBalancerStatus()
+
+
+class Service(_Object, frozen=True):
+    """core/v1 Service."""
+
+    KIND: ClassVar[str] = "Service"
+    API_VERSION: ClassVar[str] = "v1"
+
+    spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
+
+
+# --- EndpointSlice, and Endpoints where a manifest directory has them ----------------------------------------
+
+
+class Conditions(_Part, frozen=True):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class Hint(_Part, frozen=True):
+    name: str = ""
+
+
+class Hints(_Part, frozen=True):
+    for_zones: list[Hint] = []
+    for_nodes: list[Hint] = []
+
+
+class SliceEndpoint(_Part, frozen=True):
+    addresses: list[str] = []
+    conditions: Conditions = Conditions()
+    hints: Hints = Hints()
+    node_name: str = ""
+    zone: str = ""
+
+
+class SlicePort(_Part, frozen=True):
+    name: str | None = None
+    protocol: str = "TCP"
+    port: int | None = None
+
+
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
+HEADLESS_LABEL = "service.kubernetes.io/headless"
+ZONE_LABEL = "topology.kubernetes.io/zone"
+TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+
+
+class EndpointSlice(_Object, frozen=True):
+    """discovery.k8s.io/v1 EndpointSlice."""
+
+    KIND: ClassVar[str] = "EndpointSlice"
+    API_VERSION: ClassVar[str] = "discovery.k8s.io/v1"
+
+    address_type: str = ""
+    endpoints: list[SliceEndpoint] = []
+    ports: list[SlicePort] = []
+
+    @property
+    def service(self) -> Key | None:
+        """The Service that owns the slice (EPS-2), or None when the slice doesn't name one."""
+        name = self.metadata.labels.get(SERVICE_NAME_LABEL, "")
+        return Key(self.metadata.namespace, name) if name and self.metadata.namespace else None
+
+
+class EndpointAddress(_Part, frozen=True):
+    ip: str = ""
+    hostname: str = ""
+    node_name: str = ""
+
+
+class EndpointPort(_Part, frozen=True):
+    port: int = 0
+    name: str = ""
+    protocol: str = "TCP"
+
+
+class EndpointSubset(_Part, frozen=True):
+    addresses: list[EndpointAddress] = []
+    not_ready_addresses: list[EndpointAddress] = []
+    ports: list[EndpointPort] = []
+
+
+class Endpoints(_Object, frozen=True):
+    """core/v1 Endpoints: read from manifests only, and mirrored to slices there."""
+
+    KIND: ClassVar[str] = "Endpoints"
+    API_VERSION: ClassVar[str] = "v1"
+
+    subsets: list[EndpointSubset] = []
+
+
+# --- Node and ServiceCIDR ------------------------------------------------------------------------------------
+
+
+class Taint(_Part, frozen=True):
+    key: str = ""
+
+
+class NodeSpec(_Part, frozen=True):
+    pod_cidr: str = msgspec.field(default="", name="podCIDR")
+    pod_cidrs: list[str] = msgspec.field(default_factory=list, name="podCIDRs")
+    taints: list[Taint] = []
+
+
+class NodeAddress(_Part, frozen=True):
+    type: str = ""
+    address: str = ""
+
+
+class NodeStatus(_Part, frozen=True):
+    addresses: list[NodeAddress] = []
+
+
+class Node(_Object, frozen=True):
+    """core/v1 Node."""
+
+    KIND: ClassVar[str] = "Node"
+    API_VERSION: ClassVar[str] = "v1"
+
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
+
+
+class ServiceCIDRSpec(_Part, frozen=True):
+    cidrs: list[str] = []
+
+
+class ServiceCIDR(_Object, frozen=True):
+    """networking.k8s.io/v1 ServiceCIDR."""
+
+    KIND: ClassVar[str] = "ServiceCIDR"
+    API_VERSION: ClassVar[str] = "networking.k8s.io/v1"
+
+    spec: ServiceCIDRSpec = ServiceCIDRSpec()
+
+
+Object = Service | EndpointSlice | Endpoints | Node | ServiceCIDR
+KINDS: tuple[type[Object], ...] = (Service, EndpointSlice, Endpoints, Node, ServiceCIDR)
+
+
+T = TypeVar("T", bound=_Object)
+
+
+def decode_json(kind: type[T], data: bytes | msgspec.Raw) -> T:
+    """An object of `kind` from its JSON.
+
+    Raises:
+        ObjectError: a field has another type than the API gives it.
+    """
+    raise NotImplementedError
+
+
+def convert(kind: type[T], value: Any) -> T:
+    """An object of `kind` from plain values, as a YAML parser returns them.
+
+    Raises:
+        ObjectError: a field has another type than the API gives it.
+    """
+    raise NotImplementedError

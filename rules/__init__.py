@@ -1,0 +1,1 @@
+"""The forwarding table, and the dataplanes that put it into a kernel."""
