@@ -10,9 +10,13 @@ Equality of two objects means equality of what matters, not of `resourceVersion`
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
+from msgspec.structs import force_setattr as _set
 
 
 class ObjectError(Exception):
@@ -53,14 +57,16 @@ class _Object(_Part, frozen=True):
 
 # --- Service -----------------------------------------------------------------------------------------------
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+OptionalPort = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+"""A port, or 0 for none."""
 
 
 class ServicePort(_Part, frozen=True):
     port: Port
     name: str = ""
     protocol: str = "TCP"
-    node_port: Port = 0
+    node_port: OptionalPort = 0
 
 
 class ClientIPConfig(_Part, frozen=True):
@@ -75,13 +81,13 @@ class SessionAffinityConfig(_Part, frozen=True):
 class ServiceSpec(_Part, frozen=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(default="", name="clusterIP")
-    cluster_ips: list[str] = msgspec.field(default_factory=list, name="clusterIPs")
-    ip_families: list[str] = msgspec.field(default_factory=list)
-    ports: list[ServicePort] = []
+    cluster_ips: tuple[str, ...] = msgspec.field(default=(), name="clusterIPs")
+    ip_families: tuple[str, ...] = ()
+    ports: tuple[ServicePort, ...] = ()
     selector: dict[str, str] = {}
-    external_ips: list[str] = msgspec.field(default_factory=list, name="externalIPs")
-    load_balancer_source_ranges: list[str] = []
-    health_check_node_port: Port = 0
+    external_ips: tuple[str, ...] = msgspec.field(default=(), name="externalIPs")
+    load_balancer_source_ranges: tuple[str, ...] = ()
+    health_check_node_port: OptionalPort = 0
     external_traffic_policy: str = ""
     internal_traffic_policy: str = ""
     session_affinity: str = "None"
@@ -94,7 +100,7 @@ class LoadBalancerIngress(_Part, frozen=True):
 
 
 class LoadBalancerStatus(_Part, frozen=True):
-    ingress: list[LoadBalancerIngress] = []
+    ingress: tuple[LoadBalancerIngress, ...] = ()
 
 
 class ServiceStatus(_Part, frozen=True):
@@ -125,12 +131,12 @@ class Hint(_Part, frozen=True):
 
 
 class Hints(_Part, frozen=True):
-    for_zones: list[Hint] = []
-    for_nodes: list[Hint] = []
+    for_zones: tuple[Hint, ...] = ()
+    for_nodes: tuple[Hint, ...] = ()
 
 
 class SliceEndpoint(_Part, frozen=True):
-    addresses: list[str] = []
+    addresses: tuple[str, ...] = ()
     conditions: Conditions = Conditions()
     hints: Hints = Hints()
     node_name: str = ""
@@ -140,7 +146,7 @@ class SliceEndpoint(_Part, frozen=True):
 class SlicePort(_Part, frozen=True):
     name: str | None = None
     protocol: str = "TCP"
-    port: int | None = None
+    port: OptionalPort | None = None
 
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
@@ -157,8 +163,8 @@ class EndpointSlice(_Object, frozen=True):
     API_VERSION: ClassVar[str] = "discovery.k8s.io/v1"
 
     address_type: str = ""
-    endpoints: list[SliceEndpoint] = []
-    ports: list[SlicePort] = []
+    endpoints: tuple[SliceEndpoint, ...] = ()
+    ports: tuple[SlicePort, ...] = ()
 
     @property
     def service(self) -> Key | None:
@@ -174,15 +180,15 @@ class EndpointAddress(_Part, frozen=True):
 
 
 class EndpointPort(_Part, frozen=True):
-    port: int = 0
+    port: OptionalPort = 0
     name: str = ""
     protocol: str = "TCP"
 
 
 class EndpointSubset(_Part, frozen=True):
-    addresses: list[EndpointAddress] = []
-    not_ready_addresses: list[EndpointAddress] = []
-    ports: list[EndpointPort] = []
+    addresses: tuple[EndpointAddress, ...] = ()
+    not_ready_addresses: tuple[EndpointAddress, ...] = ()
+    ports: tuple[EndpointPort, ...] = ()
 
 
 class Endpoints(_Object, frozen=True):
@@ -191,7 +197,7 @@ class Endpoints(_Object, frozen=True):
     KIND: ClassVar[str] = "Endpoints"
     API_VERSION: ClassVar[str] = "v1"
 
-    subsets: list[EndpointSubset] = []
+    subsets: tuple[EndpointSubset, ...] = ()
 
 
 # --- Node and ServiceCIDR ------------------------------------------------------------------------------------
@@ -203,8 +209,8 @@ class Taint(_Part, frozen=True):
 
 class NodeSpec(_Part, frozen=True):
     pod_cidr: str = msgspec.field(default="", name="podCIDR")
-    pod_cidrs: list[str] = msgspec.field(default_factory=list, name="podCIDRs")
-    taints: list[Taint] = []
+    pod_cidrs: tuple[str, ...] = msgspec.field(default=(), name="podCIDRs")
+    taints: tuple[Taint, ...] = ()
 
 
 class NodeAddress(_Part, frozen=True):
@@ -213,7 +219,7 @@ class NodeAddress(_Part, frozen=True):
 
 
 class NodeStatus(_Part, frozen=True):
-    addresses: list[NodeAddress] = []
+    addresses: tuple[NodeAddress, ...] = ()
 
 
 class Node(_Object, frozen=True):
@@ -227,7 +233,7 @@ class Node(_Object, frozen=True):
 
 
 class ServiceCIDRSpec(_Part, frozen=True):
-    cidrs: list[str] = []
+    cidrs: tuple[str, ...] = ()
 
 
 class ServiceCIDR(_Object, frozen=True):
@@ -242,17 +248,32 @@ class ServiceCIDR(_Object, frozen=True):
 Object = Service | EndpointSlice | Endpoints | Node | ServiceCIDR
 KINDS: tuple[type[Object], ...] = (Service, EndpointSlice, Endpoints, Node, ServiceCIDR)
 
-
 T = TypeVar("T", bound=_Object)
+
+_DECODERS: Mapping[type[_Object], msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in KINDS}
+
+_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 
 def decode_json(kind: type[T], data: bytes | msgspec.Raw) -> T:
     """An object of `kind` from its JSON.
 
     Raises:
-        ObjectError: a field has another type than the API gives it.
+        ObjectError: it is no JSON, or a field has another type than the API gives it.
     """
-    raise NotImplementedError
+    try:
+        value: T = _DECODERS[kind].decode(data)
+    except msgspec.ValidationError as error:
+        # A null where a value is due is as good as nothing there (a slice without endpoints says `endpoints: null`),
+        # which the structs don't say.  Such objects are few, so they alone pay for the second pass.
+        try:
+            plain = msgspec.json.decode(data)
+        except (ValueError, RecursionError):
+            raise ObjectError(_explain(error)) from None
+        return convert(kind, plain)
+    except (ValueError, RecursionError) as error:
+        raise ObjectError(_explain(error)) from None
+    return _slimmed(value)
 
 
 def convert(kind: type[T], value: Any) -> T:
@@ -261,4 +282,62 @@ def convert(kind: type[T], value: Any) -> T:
     Raises:
         ObjectError: a field has another type than the API gives it.
     """
-    raise NotImplementedError
+    try:
+        try:
+            return _slimmed(msgspec.convert(value, kind))
+        except msgspec.ValidationError:
+            return _slimmed(msgspec.convert(_without_nulls(value), kind))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ObjectError(_explain(error)) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the fields that are null, at any depth.  Null items of lists stay: they are no absence."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+_WHERE = re.compile(r"(?P<what>.*?) - at (?P<key>key in )?\$\.?(?P<path>.*)", re.DOTALL)
+
+
+def _explain(error: Exception) -> str:
+    """One line that names the field as the API does: `spec.ports[0].port: expected int, got str`."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeError):
+        return "not UTF-8"
+    text = str(error).replace("`", "").replace("Object missing required field", "missing")
+    found = _WHERE.match(text)
+    what, path = (found["what"], found["path"]) if found else (text, "")
+    if not what.startswith("JSON"):
+        what = what[:1].lower() + what[1:]
+    if found and found["key"]:
+        what = f"a key: {what}"
+    return f"{path}: {what}" if path else what
+
+
+def _slimmed(value: T) -> T:
+    """The same object with less memory: texts that thousands of objects repeat are one text each.
+
+    The structs are still ours alone here, so that setting their fields, equal to what they were, is no change.
+    """
+    metadata = value.metadata
+    _set(metadata, "namespace", sys.intern(metadata.namespace))
+    # A second copy of the whole object, which nobody here reads.
+    metadata.annotations.pop(_LAST_APPLIED, None)
+    if isinstance(value, Service):
+        spec = value.spec
+        _set(spec, "type", sys.intern(spec.type))
+        _set(spec, "session_affinity", sys.intern(spec.session_affinity))
+        _set(spec, "internal_traffic_policy", sys.intern(spec.internal_traffic_policy))
+        for port in spec.ports:
+            _set(port, "name", sys.intern(port.name))
+            _set(port, "protocol", sys.intern(port.protocol))
+    elif isinstance(value, EndpointSlice):
+        for endpoint in value.endpoints:
+            _set(endpoint, "node_name", sys.intern(endpoint.node_name))
+            _set(endpoint, "zone", sys.intern(endpoint.zone))
+    return value

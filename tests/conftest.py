@@ -1,0 +1,17 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, Phase, settings
+
+# The machine is shared and noisy: no deadline per example.  Shrinking is for a person at work on a failure
+# (HYPOTHESIS_PROFILE=work); a run of the suite reports the example that it found.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    max_examples=60,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("work", parent=settings.get_profile("suite"), max_examples=500, phases=list(Phase))
+settings.load_profile("suite")
