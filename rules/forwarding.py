@@ -10,7 +10,8 @@ A table maps each `Frontend` (where clients connect) to a `Route` (what happens 
 holds what packets meet, not the words of a specification, so that two specifications that treat every packet alike
 give equal tables.  In particular
 
-* a route has a `refusal` exactly when some client of it is refused, and affinity exactly when it has backends;
+* a route has a `refusal` exactly when some client of it is refused; without backends, all its clients are refused
+  alike, and it has neither affinity nor a policy;
 * `source_ranges` holds no prefix that another one covers, and two halves of a prefix are that prefix
   (see `merge_prefixes`); an empty tuple admits everybody;
 * backends are a set: the order in which a kernel stores them is not part of the table;
@@ -158,7 +159,8 @@ class Route(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The list of ClusterIP by internal policy; elsewhere the list of external policy Cluster, which local pods and
     the node itself are given under policy Local too (short-circuit, TRF-4)."""
     local_backends: frozenset[Backend] | None = None
-    """Under external policy Local: what sources from outside are given.  None: policy Cluster, or a ClusterIP."""
+    """Under external policy Local: what sources from outside are given.  None: policy Cluster, a ClusterIP, or no
+    backends at all."""
     refusal: Refusal | None = None
     """What happens to those for whom the list that they are given is empty; None when no list is empty."""
     affinity: int = 0
@@ -299,7 +301,7 @@ def check_route(family: Family, frontend: Frontend, route: Route) -> str | None:
             len(backend.address) != size or not 0 < backend.port < 65536 for each in lists for backend in each
         ),
         "a ClusterIP has one list": route.kind is Kind.CLUSTER_IP and route.policy_local,
-        "local backends without any backends": bool(route.local_backends) and not route.backends,
+        "a traffic policy without backends": route.policy_local and not route.backends,
         "a refusal belongs to a route with an empty list, and to no other": (route.refusal is None) != all(lists),
         "affinity without backends": bool(route.affinity) and not route.backends,
         "only load balancer addresses have source ranges": bool(route.source_ranges)
