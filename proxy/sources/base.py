@@ -9,7 +9,7 @@ written) it stays silent, and what was reported before holds.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from proxy.objects import EndpointSlice, Key, Node, Object, Service, ServiceCIDR
@@ -37,6 +37,13 @@ class Sink(Protocol):
 
     def replace(self, resource: Resource, objects: Iterable[Object]) -> None:
         """These are all objects of the resource: whatever else was known of it is gone."""
+
+    def plausible(self, resource: Resource, keys: Collection[Key], now: float) -> bool:
+        """Whether a list of all objects may be reported with `replace`, asked before it is (DESIGN 4.4).
+
+        False: so much of what was known is missing in it that the list itself is in doubt.  The source then reports
+        nothing, reads again after `proxy.state.SECOND_LOOK` seconds, and asks again.  `now` is monotonic time.
+        """
 
     def set(self, resource: Resource, value: Object) -> None:
         """The object is new or changed."""
