@@ -1,0 +1,121 @@
+"""The effective configuration: what the agent and the offline verbs go by, in the types that they use.
+
+`proxy.config.load` makes a `Settings` from defaults, a file and flags.  Everything here is already merged, completed
+(CFG-12 to CFG-14) and validated (CFG-20); nothing in it needs parsing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from rules.forwarding import Address, Family, Prefix, parse_address
+
+Mode = Literal["", "nftables", "iptables", "ipvs", "userspace"]
+DetectLocalMode = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
+LogFormat = Literal["text", "json"]
+
+PRIMARY = "primary"
+"""The word that stands for the node's own addresses in `node_port_addresses` (CFG-31)."""
+
+
+class HostPort(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The effective configuration.  The defaults are those of an agent started without file and flags."""
+
+    # --- what is programmed, and how ---
+
+    mode: Mode = ""
+    """The mode asked for by name; "" leaves the dataplane to the node and means what iptables means (DESIGN 4.10)."""
+    cluster_cidrs: tuple[Prefix, ...] = ()
+    """The pods' networks: at most one of each family (CFG-20)."""
+    detect_local_mode: DetectLocalMode = "ClusterCIDR"
+    bridge_interface: str = ""
+    interface_name_prefix: str = ""
+    masquerade_all: bool = False
+    masquerade_bit: int = 14
+    node_port_addresses: tuple[str, ...] = ()
+    """Networks in text, or `primary`; empty: every address but loopback.  Never empty in nftables mode (CFG-14)."""
+    localhost_node_ports: bool = True
+    """Whether 127.0.0.0/8 answers node ports, where `behaviour` is `iptables` (TRF-21); other modes never do it."""
+    allow_external_ips: bool = True
+    """The gate AllowServiceExternalIPs: without it `spec.externalIPs` is ignored."""
+    service_cidrs: tuple[Prefix, ...] = ()
+    """Networks of ClusterIPs where no ServiceCIDR objects tell them (DESIGN 4.13)."""
+
+    # --- where objects come from ---
+
+    hostname_override: str = ""
+    """Trimmed and in lower case; empty: the host's own name (NOD-1)."""
+    bind_address: str = "0.0.0.0"  # noqa: S104  # nothing is bound to it: it overrides the node's address (NOD-10)
+    manifests: str = ""
+    """A directory or a file of manifests; with it no API server is asked."""
+    kubeconfig: str = ""
+    master: str = ""
+    """The API server's URL, in place of the one in the kubeconfig."""
+    config_sync_period: float = 900.0
+
+    # --- the loop ---
+
+    sync_period: float = 30.0
+    """Seconds after which a failed sync is tried again; twice as much without success is unhealthy (HC-3)."""
+    min_sync_period: float = 1.0
+    """The least seconds between the end of a sync and the next one (SYN-4)."""
+
+    # --- what is served ---
+
+    healthz_bind_address: HostPort | None = HostPort("0.0.0.0", 10256)  # noqa: S104  # kubelets probe it from anywhere
+    metrics_bind_address: HostPort | None = HostPort("127.0.0.1", 10249)
+    bind_address_hard_fail: bool = False
+    """Whether a server that cannot listen ends the agent (CFG-55); otherwise it tries again every 5 s."""
+
+    # --- the process ---
+
+    log_format: LogFormat = "text"
+    verbosity: int = 0
+    strict_config: bool = False
+    takeover: bool = False
+    """Wait for another agent of this network namespace to go, instead of giving up (DESIGN 4.11)."""
+    feature_gates: Mapping[str, bool] = {}
+    """Gates that were set, by name."""
+
+    # --- what is told about itself ---
+
+    configz: Mapping[str, Any] = {}
+    """The same as a v1alpha1 object, with apiVersion and kind, as /configz shows it (HTTP-1)."""
+
+    @property
+    def behaviour(self) -> str:
+        """The mode whose rules of behaviour hold: `iptables` for "" (CFG-14)."""
+        return self.mode or "iptables"
+
+    @property
+    def masquerade_mark(self) -> int:
+        """The mark's bit as a mask."""
+        return 1 << self.masquerade_bit
+
+    @property
+    def node_ip_override(self) -> Address | None:
+        """The node's address by `bind_address`; None when that is an unspecified address (NOD-10)."""
+        address = parse_address(self.bind_address)
+        return address if any(address) else None
+
+    @property
+    def health_timeout(self) -> float:
+        """Seconds for which a requested sync may stay undone before its family is unhealthy (HC-3)."""
+        return 2 * self.sync_period
+
+    def cluster_cidr(self, family: Family) -> Prefix | None:
+        """The pods' network of a family (CFG-40)."""
+        return next((prefix for prefix in self.cluster_cidrs if len(prefix.address) == family.address_bytes), None)

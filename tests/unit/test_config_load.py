@@ -1,0 +1,369 @@
+"""Configuration: files, flags, and what holds when both are given (CFG-*)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.config import flags
+from proxy.config.document import parse
+from proxy.config.errors import ConfigError
+from proxy.config.load import load
+from proxy.config.schema import FIELDS, GROUP_VERSION, KIND, OWN_GROUP_VERSION, OWN_KIND
+from proxy.config.settings import HostPort, Settings
+from proxy.config.values import Type
+from rules.forwarding import Family, parse_prefix
+
+HEAD = f"apiVersion: {GROUP_VERSION}\nkind: {KIND}\n"
+OWN_HEAD = f"apiVersion: {OWN_GROUP_VERSION}\nkind: {OWN_KIND}\n"
+DATA = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2"
+
+# The ConfigMap that kubeadm writes.
+KUBEADM = (
+    HEAD
+    + """
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: null
+  min: null
+  tcpBeLiberal: false
+  tcpCloseWaitTimeout: null
+  tcpEstablishedTimeout: null
+  udpStreamTimeout: 0s
+  udpTimeout: 0s
+detectLocal:
+  bridgeInterface: ""
+  interfaceNamePrefix: ""
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  localhostNodePorts: null
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+logging:
+  flushFrequency: 0
+  options:
+    json:
+      infoBufferSize: "0"
+    text:
+      infoBufferSize: "0"
+  verbosity: 0
+metricsBindAddress: ""
+mode: ""
+nftables:
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel:
+  enableDSR: false
+  forwardHealthCheckVip: false
+  networkName: ""
+  rootHnsEndpointName: ""
+  sourceVip: ""
+"""
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a configuration file, and gives its path."""
+
+    def write(text, head=HEAD):
+        path = tmp_path / "config.yaml"
+        path.write_text(head + text)
+        return str(path)
+
+    return write
+
+
+def settings_of(path, *more):
+    return load([("config", path), *more]).settings
+
+
+# --- defaults and whole files ----------------------------------------------------------------------------------
+
+
+def test_cfg_11_without_file_and_flags_the_defaults_hold():
+    settings, warnings = load([])
+    assert not warnings
+    # Also the defaults that tests and the demo start from.
+    assert settings == Settings(configz=settings.configz)
+
+
+def test_cfg_11_kubeadms_configmap_loads_without_a_word(file):
+    settings, warnings = load([("config", file(KUBEADM, head=""))])
+    assert warnings == ()
+    assert settings == Settings(
+        kubeconfig="/var/lib/kube-proxy/kubeconfig.conf",
+        cluster_cidrs=(parse_prefix("10.244.0.0/16"),),
+        configz=settings.configz,
+    )
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_http_1_configz_is_what_kube_proxy_answered_to_the_same_file(mode, file):
+    text = (DATA / "config.yaml").read_text().replace("<the mode in the file's name>", mode)
+    text += "clientConnection: {kubeconfig: /var/lib/kube-proxy/kubeconfig}\n"  # what the recording was started with
+    recorded = (DATA / f"{mode}.configz.json").read_text()
+    configz = load([("config", file(text, head=""))]).settings.configz
+    assert json.dumps({"kubeproxy.config.k8s.io": configz}, separators=(",", ":")) == recorded
+
+
+def test_cfg_10_json_with_tabs_is_read_too(file):
+    text = json.dumps({"apiVersion": GROUP_VERSION, "kind": KIND, "mode": "nftables"}, indent="\t")
+    assert settings_of(file(text, head="")).mode == "nftables"
+
+
+def test_cfg_11_every_field_is_known_by_name_and_type(file):
+    examples = {
+        Type.STRING: '""',
+        Type.BOOL: "false",
+        Type.INT: "1",
+        Type.FLOAT: "1.5",
+        Type.DURATION: "24h",
+        Type.STRINGS: "[]",
+        Type.GATES: "{AllAlpha: false}",
+        Type.VMODULE: "[{filePattern: a, verbosity: 1}]",
+    }
+    for field in FIELDS:
+        text = examples[field.type]
+        for name in reversed(field.path.split(".")):
+            text = f"{{{name}: {text}}}"
+        found = parse(HEAD + text[1:-1], "x")
+        assert not found.unknown, field.path
+
+
+# --- values ----------------------------------------------------------------------------------------------------
+
+
+def test_cfg_13_periods_and_masquerading_come_from_the_section_of_the_mode(file):
+    text = """
+mode: {}
+iptables: {{syncPeriod: 10s, minSyncPeriod: 2s, masqueradeAll: true, masqueradeBit: 5}}
+nftables: {{syncPeriod: 20s, minSyncPeriod: 3s, masqueradeBit: 6}}
+ipvs: {{syncPeriod: 40s, minSyncPeriod: 4s}}
+"""
+
+    def picked(mode):
+        found = settings_of(file(text.format(mode)))
+        return found.sync_period, found.min_sync_period, found.masquerade_all, found.masquerade_bit
+
+    assert picked('""') == (10.0, 2.0, True, 5)
+    assert picked("iptables") == (10.0, 2.0, True, 5)
+    assert picked("nftables") == (20.0, 3.0, False, 6)
+    assert picked("ipvs") == (40.0, 4.0, True, 5)
+
+
+def test_cfg_12_zero_and_null_in_a_file_mean_the_default(file):
+    found = settings_of(file("iptables: {minSyncPeriod: 0s, syncPeriod: null, masqueradeBit: 0}\nclusterCIDR: ~\n"))
+    assert (found.min_sync_period, found.sync_period) == (1.0, 30.0)
+    assert found.masquerade_bit == 0  # a number whose zero is a value
+
+
+def test_cfg_12_a_flag_can_say_zero():
+    assert load([("iptables-min-sync-period", "0")]).settings.min_sync_period == 0.0
+
+
+def test_cfg_2_ipvs_flags_have_defaults_of_their_own():
+    found = load([("proxy-mode", "ipvs"), ("iptables-min-sync-period", "9s")]).settings
+    assert (found.sync_period, found.min_sync_period) == (30.0, 1.0)
+
+
+def test_cfg_2_iptables_flags_hold_in_nftables_mode():
+    found = load([("proxy-mode", "nftables"), ("iptables-sync-period", "9s"), ("masquerade-all", "true")]).settings
+    assert (found.sync_period, found.masquerade_all) == (9.0, True)
+    assert found.configz["nftables"]["syncPeriod"] == "9s"
+
+
+def test_cfg_14_nftables_without_node_port_addresses_means_primary(file):
+    assert settings_of(file("mode: nftables")).node_port_addresses == ("primary",)
+    assert settings_of(file("mode: nftables\nnodePortAddresses: [10.0.0.0/8]")).node_port_addresses == ("10.0.0.0/8",)
+    assert settings_of(file("mode: iptables")).node_port_addresses == ()
+
+
+def test_cfg_14_an_empty_mode_is_kept_but_behaves_as_iptables(file):
+    found = settings_of(file("mode: ''"))
+    assert (found.mode, found.behaviour, found.configz["mode"]) == ("", "iptables", "iptables")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.2.3.4", HostPort("1.2.3.4", 10256)),
+        ("1.2.3.4:5", HostPort("1.2.3.4", 5)),
+        ("fd00::5", HostPort("fd00::5", 10256)),
+        ("'[fd00::5]:7'", HostPort("fd00::5", 7)),
+    ],
+)
+def test_cfg_4_addresses_without_port_get_the_usual_one(file, text, expected):
+    assert settings_of(file(f"healthzBindAddress: {text}")).healthz_bind_address == expected
+
+
+def test_cfg_11_an_ipv6_bind_address_moves_the_servers_to_ipv6(file):
+    found = settings_of(file("bindAddress: fd00::1"))
+    assert str(found.healthz_bind_address) == "[::]:10256"
+    assert str(found.metrics_bind_address) == "[::1]:10249"
+    assert found.node_ip_override == bytes.fromhex("fd00" + "0" * 27 + "1")
+
+
+def test_cfg_3_empty_address_flags_leave_the_defaults():
+    given_flags = [(name, "") for name in ("bind-address", "healthz-bind-address", "metrics-bind-address")]
+    assert load(given_flags).settings == load([]).settings
+
+
+def test_hc_8_deprecated_ports_disable_or_move_the_servers():
+    assert load([("healthz-port", "0")]).settings.healthz_bind_address is None
+    assert load([("metrics-port", "0")]).settings.metrics_bind_address is None
+    assert str(load([("healthz-port", "8")]).settings.healthz_bind_address) == "0.0.0.0:8"
+    both = load([("healthz-port", "8"), ("healthz-bind-address", "1.2.3.4")]).settings
+    assert str(both.healthz_bind_address) == "1.2.3.4:8"
+
+
+def test_cfg_40_cluster_cidrs_are_one_of_each_family(file):
+    found = settings_of(file("clusterCIDR: 10.244.7.0/16,fd00:244::/32"))
+    assert found.cluster_cidr(Family.IPV4) == parse_prefix("10.244.0.0/16")
+    assert found.cluster_cidr(Family.IPV6) == parse_prefix("fd00:244::/32")
+
+
+def test_cfg_21_without_cluster_cidr_there_is_none():
+    assert load([]).settings.cluster_cidr(Family.IPV4) is None
+
+
+def test_nod_1_the_host_name_is_trimmed_and_lowered(file):
+    assert settings_of(file("hostnameOverride: ' Node-A '")).hostname_override == "node-a"
+
+
+def test_scalars_mean_what_their_field_is(file):
+    text = "hostnameOverride: 123\nbindAddressHardFail: yes\niptables: {masqueradeBit: 0x10}\n"
+    found = settings_of(file(text))
+    assert (found.hostname_override, found.bind_address_hard_fail, found.masquerade_bit) == ("123", True, 16)
+
+
+def test_cfg_63_external_ips_hang_on_their_gate(file):
+    assert not settings_of(file("featureGates: {AllowServiceExternalIPs: false}")).allow_external_ips
+
+
+# --- our own document ------------------------------------------------------------------------------------------
+
+
+def test_sluices_settings_stand_in_a_second_document(file):
+    text = f"mode: nftables\n---\n{OWN_HEAD}serviceCIDRs: [10.96.0.0/12, fd00:96::/108]\nmanifests: /m\n"
+    found = settings_of(file(text))
+    assert found.mode == "nftables"
+    assert found.service_cidrs == (parse_prefix("10.96.0.0/12"), parse_prefix("fd00:96::/108"))
+    assert found.manifests == "/m"
+
+
+def test_sluices_settings_may_stand_alone(file):
+    assert settings_of(file("manifests: /m\n", head=OWN_HEAD)).manifests == "/m"
+
+
+def test_sluices_own_flags_hold_with_a_file(file):
+    found = load([("config", file("manifests: /m", head=OWN_HEAD)), ("manifests", "/other"), ("takeover", "true")])
+    assert (found.settings.manifests, found.settings.takeover, found.warnings) == ("/other", True, ())
+
+
+# --- files and flags -------------------------------------------------------------------------------------------
+
+
+def test_cfg_1_with_a_file_most_flags_are_ignored_and_that_is_said(file):
+    found = load([("config", file("mode: nftables")), ("proxy-mode", "iptables"), ("cluster-cidr", "10.0.0.0/8")])
+    assert (found.settings.mode, found.settings.cluster_cidrs) == ("nftables", ())
+    assert ["--proxy-mode" in each or "--cluster-cidr" in each for each in found.warnings] == [True, True]
+
+
+def test_cfg_1_a_few_flags_win_over_the_file(file):
+    text = "hostnameOverride: a\nlogging: {format: json, verbosity: 1, vmodule: [{filePattern: x, verbosity: 2}]}\n"
+    more = [
+        ("hostname-override", "b"),
+        ("master", "https://m"),
+        ("v", "5"),
+        ("logging-format", "text"),
+        ("vmodule", "y=3"),
+    ]
+    found = settings_of(file(text), *more)
+    assert (found.hostname_override, found.master, found.verbosity, found.log_format) == ("b", "https://m", 5, "text")
+    patterns = [each["filePattern"] for each in found.configz["logging"]["vmodule"]]
+    assert patterns == ["y", "x"]
+
+
+def test_cfg_2_lists_add_up_and_other_flags_take_the_last():
+    found = load(
+        [
+            ("nodeport-addresses", "10.0.0.0/8"),
+            ("nodeport-addresses", "fd00::/8,192.168.0.0/16"),
+            ("v", "1"),
+            ("v", "2"),
+        ]
+    )
+    assert found.settings.node_port_addresses == ("10.0.0.0/8", "fd00::/8", "192.168.0.0/16")
+    assert found.settings.verbosity == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "normal"),
+    [
+        (["--config", "x"], ["--config=x"]),
+        (["--config=x=y"], ["--config=x=y"]),
+        (["--hostname_override=a"], ["--hostname-override=a"]),
+        (["--masquerade-all", "--v", "2"], ["--masquerade-all=true", "--v=2"]),
+        (["--masquerade-all=false"], ["--masquerade-all=false"]),
+        (["-v=4"], ["--v=4"]),
+        (["-v4"], ["--v=4"]),
+        (["-v", "4"], ["--v=4"]),
+        (["--version"], ["--version=true"]),
+        (["--version=raw"], ["--version=raw"]),
+        (["--config="], ["--config="]),
+        (["--help", "pos", "-x"], ["--help", "pos", "-x"]),
+        (["-config", "x"], ["-config", "x"]),
+        (["--", "--config"], ["--", "--config"]),
+        (["--manifests", "--config"], ["--manifests=--config"]),
+    ],
+)
+def test_cfg_1_gos_spellings_become_one(arguments, normal):
+    assert flags.normalise(arguments) == normal
+
+
+def test_cfg_1_a_flag_without_its_value_is_named():
+    with pytest.raises(ConfigError, match="--config: needs a value"):
+        flags.normalise(["--config"])
+
+
+@given(st.lists(st.text(max_size=12) | st.sampled_from([f"--{name}" for name in flags.BY_NAME]), max_size=6))
+def test_normalising_twice_changes_nothing(arguments):
+    try:
+        once = flags.normalise(arguments)
+    except ConfigError:
+        return
+    assert flags.normalise(once) == once

@@ -1,0 +1,255 @@
+"""What is said about a configuration: what has no effect, what nobody knows, what is wrong (CFG-10, CFG-20)."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.config import flags
+from proxy.config.document import parse
+from proxy.config.errors import ConfigError
+from proxy.config.load import load
+from proxy.config.schema import BY_PATH, GROUP_VERSION, KIND
+
+HEAD = f"apiVersion: {GROUP_VERSION}\nkind: {KIND}\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a configuration file, and gives its path."""
+
+    def write(text, head=HEAD):
+        path = tmp_path / "config.yaml"
+        path.write_text(head + text)
+        return str(path)
+
+    return write
+
+
+def problems_of(*given_flags):
+    with pytest.raises(ConfigError) as caught:
+        load(given_flags)
+    return caught.value.problems
+
+
+# --- what has no effect ----------------------------------------------------------------------------------------
+
+
+def test_fields_without_effect_are_named_once(file):
+    text = "oomScoreAdj: 3\nenableProfiling: true\nconntrack: {maxPerCore: 0, min: 7}\nclusterCIDR: 10.0.0.0/8\n"
+    path = file(text)
+    expected = tuple(
+        f"{path}:{line}: {name} is not supported yet and has no effect"
+        for line, name in ((3, "oomScoreAdj"), (4, "enableProfiling"), (5, "conntrack.min"))
+    )
+    assert load([("config", path)]).warnings == expected
+
+
+def test_flags_without_effect_are_named():
+    assert load([("profiling", "true"), ("ipvs-scheduler", "rr")]).warnings == (
+        "--profiling is not supported yet and has no effect",
+    )
+    ipvs = load([("proxy-mode", "ipvs"), ("ipvs-scheduler", "rr")])
+    assert ipvs.warnings == ("--ipvs-scheduler is not supported yet and has no effect",)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("cluserCIDR: 10.0.0.0/8", "unknown field cluserCIDR; did you mean clusterCIDR?"),
+        ("clustercidr: 10.0.0.0/8", "unknown field clustercidr; did you mean clusterCIDR?"),
+        ("syncPeriod: 1s", "unknown field syncPeriod; did you mean iptables.syncPeriod?"),
+        ("nftable: {}", "unknown field nftable; did you mean nftables?"),
+        ("iptables: {masqueradeAl: true}", "unknown field iptables.masqueradeAl; did you mean iptables.masqueradeAll?"),
+        ("zzz: 1", "unknown field zzz"),
+        ("? [1]\n: 2", 'unknown field ""'),
+    ],
+)
+def test_unknown_fields_are_a_warning_with_line_and_nearest_name(file, text, hint):
+    path = file(text)
+    assert load([("config", path)]).warnings == (f"{path}:3: {hint}",)
+
+
+def test_unknown_fields_are_refused_under_strict_config(file):
+    path = file("zzz: 1\nyyy: 2\n")
+    problems = problems_of(("config", path), ("strict-config", "true"))
+    assert problems == (f"{path}:3: unknown field zzz", f"{path}:4: unknown field yyy")
+
+
+def test_cfg_10_of_a_key_given_twice_the_last_holds(file):
+    path = file("mode: iptables\nmode: nftables\n")
+    settings, warnings = load([("config", path)])
+    assert settings.mode == "nftables"
+    assert warnings == (f"{path}:4: mode is given twice; the last one holds",)
+
+
+def test_unknown_gates_of_newer_clusters_do_not_stop_a_node(file):
+    path = file("featureGates: {BrandNew: true, ContextualLoging: false}")
+    unknown = f'{path}:3: featureGates: the feature gate "%s" is unknown here and has no effect'
+    hint = "; did you mean ContextualLogging?"
+    assert load([("config", path)]).warnings == (unknown % "BrandNew", unknown % "ContextualLoging" + hint)
+
+
+# --- mistakes (CFG-20) -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("mode: nftabels", '3: mode: "nftabels": must be iptables, ipvs, nftables, userspace or blank'),
+        ("iptables: {masqueradeBit: 32}", "3: iptables.masqueradeBit: 32: must be within the range [0, 31]"),
+        ("iptables: {masqueradeBit: -1}", "3: iptables.masqueradeBit: -1: must be within the range [0, 31]"),
+        ("mode: nftables\nnftables: {masqueradeBit: 32}", "4: nftables.masqueradeBit: 32: must be within"),
+        ("oomScoreAdj: 1001", "3: oomScoreAdj: 1001: must be within the range [-1000, 1000]"),
+        ("conntrack: {min: -1}", "3: conntrack.min: -1: must be greater than or equal to 0"),
+        ("conntrack: {udpTimeout: -1s}", "3: conntrack.udpTimeout: -1s: must be greater than or equal to 0"),
+        ("mode: ipvs\nipvs: {tcpTimeout: -1s}", "4: ipvs.tcpTimeout: -1s: must be greater than or equal to 0"),
+        ("mode: ipvs\nipvs: {excludeCIDRs: [a]}", '4: ipvs.excludeCIDRs[0]: "a": must be a valid CIDR'),
+        ("clientConnection: {burst: -1}", "3: clientConnection.burst: -1: must be greater than or equal to 0"),
+        ("configSyncPeriod: -1s", "3: configSyncPeriod: -1s: must be greater than 0"),
+        ("iptables: {syncPeriod: -1s}", "3: iptables.syncPeriod: -1s: must be greater than 0"),
+        ("iptables: {minSyncPeriod: -1s}", "3: iptables.minSyncPeriod: -1s: must be greater than or equal to 0"),
+        (
+            "iptables: {syncPeriod: 1s, minSyncPeriod: 2s}",
+            "3: iptables.syncPeriod: 1s: must be greater than or equal to iptables.minSyncPeriod, which is 2s",
+        ),
+        ("bindAddress: x", '3: bindAddress: "x": not a valid textual representation of an IP address'),
+        ("healthzBindAddress: '[fd00::5]'", '3: healthzBindAddress: "[fd00::5]": must be IP:port'),
+        ("metricsBindAddress: localhost:1", '3: metricsBindAddress: "localhost:1": must be a valid IP'),
+        ("metricsBindAddress: 127.0.0.1:0", '3: metricsBindAddress: "127.0.0.1:0": must be a valid port'),
+        ("metricsBindAddress: 127.0.0.1:65536", "must be a valid port"),
+        ("nodePortAddresses: [primary, 10.0.0.0/8]", "3: nodePortAddresses: can't use both 'primary' and CIDRs"),
+        ("nodePortAddresses: [10.0.0.0]", '3: nodePortAddresses[0]: "10.0.0.0": must be a valid CIDR'),
+        ("detectLocalMode: Foo", '3: detectLocalMode: "Foo" is not supported; supported values: ClusterCIDR'),
+        ("detectLocalMode: BridgeInterface", "detectLocal.bridgeInterface: must not be empty"),
+        ("detectLocalMode: InterfaceNamePrefix", "detectLocal.interfaceNamePrefix: must not be empty"),
+        ("clusterCIDR: 10.0.0.0/33", '3: clusterCIDR[0]: "10.0.0.0/33": must be a valid CIDR'),
+        ("clusterCIDR: 10.0.0.0/8,11.0.0.0/8", "must be one CIDR, or one IPv4 and one IPv6 CIDR"),
+        ("featureGates: {NFTablesProxyMode: false}", "3: featureGates.NFTablesProxyMode: cannot be false"),
+        ("hostnameOverride: '  '", "3: hostnameOverride: empty hostname-override is invalid"),
+        ("logging: {format: xml}", '3: logging.format: "xml": must be text or json'),
+        # of another type
+        ("mode: [nftables]", "3: mode: must be a string, not a list"),
+        ("iptables: 5", "3: iptables: must be a section of fields"),
+        ("iptables: {masqueradeBit: '5'}", "3: iptables.masqueradeBit: must be a whole number, not text"),
+        ("iptables: {syncPeriod: 5}", '3: iptables.syncPeriod: "5" is not a duration'),
+        ("iptables: {masqueradeAll: 'true'}", "3: iptables.masqueradeAll: must be true or false, without quotes"),
+        ("nodePortAddresses: 10.0.0.0/8", "3: nodePortAddresses: must be a list of strings"),
+        ("nodePortAddresses: [[]]", "3: nodePortAddresses: must hold strings only"),
+        ("featureGates: [a]", "3: featureGates: must be a map of names to true or false"),
+        ("logging: {vmodule: [5]}", "3: logging.vmodule: must hold items with filePattern and verbosity"),
+        # no configuration at all
+        ("mode: [", "expected the node content"),
+        ("a: b: c", "3: mapping values are not allowed here"),
+        ("x: \x07", "special characters are not allowed"),
+        ("---\n[]", "4: is not a mapping of fields to values"),
+        (f"---\n{HEAD}", f"4: a second {KIND}"),
+        ("---\nkind: Foo\napiVersion: v1\n", '4: no kind "Foo" is known in version "v1"'),
+        ("---\nkind: Foo\n", "4: lacks apiVersion"),
+    ],
+)
+def test_cfg_20_mistakes_in_a_file_are_named_with_their_line(file, text, problem):
+    path = file(text)
+    problems = problems_of(("config", path))
+    assert len(problems) == 1
+    assert problem in problems[0]
+    if problem[0].isdigit():
+        assert problems[0].startswith(f"{path}:{problem}")
+
+
+def test_cfg_20_every_mistake_is_told_at_once(file):
+    path = file("mode: x\nbindAddress: y\noomScoreAdj: 5000\n")
+    assert [each.removeprefix(f"{path}:")[0] for each in problems_of(("config", path))] == ["3", "5", "4"]
+
+
+def test_cfg_20_mistakes_in_flags_are_named_by_the_flag():
+    assert problems_of(("cluster-cidr", "x")) == ('--cluster-cidr[0]: "x": must be a valid CIDR',)
+    assert problems_of(("v", "x"), ("masquerade-all", "maybe")) == (
+        '--v: "x" is not a whole number',
+        '--masquerade-all: "maybe" is not true or false',
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "is empty"), (b"\xff", "is not UTF-8"), (b"[" * 100_000, "nested too deeply"), (b" " * (2 << 20), "larger")],
+)
+def test_files_that_are_no_text_are_named(tmp_path, content, reason):
+    path = tmp_path / "config"
+    path.write_bytes(content)
+    (problem,) = problems_of(("config", str(path)))
+    assert str(path) in problem
+    assert reason in problem
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    assert problems_of(("config", str(tmp_path / "none"))) == (f"--config {tmp_path}/none: No such file or directory",)
+    assert problems_of(("config", str(tmp_path))) == (f"--config {tmp_path}: Is a directory",)
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["-1s", "5s", "10.0.0.0/8", "primary", "1.2.3.4:5", "nftables", "ClusterCIDR", ":", "%", "::/0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@st.composite
+def objects(draw):
+    """A configuration with wrong and right values in known and unknown places."""
+    result = {}
+    for path in draw(st.lists(st.sampled_from(sorted(BY_PATH)), max_size=4, unique=True)):
+        place = result
+        *sections, name = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = draw(values)
+    return (
+        result
+        | draw(st.dictionaries(st.text(max_size=6), values, max_size=1))
+        | {"apiVersion": GROUP_VERSION, "kind": KIND}
+    )
+
+
+@given(objects())
+def test_any_object_is_a_configuration_or_lines_of_complaint(found):
+    check_text(yaml.safe_dump(found, allow_unicode=True))
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_configuration_or_lines_of_complaint(text):
+    check_text(HEAD + text)
+
+
+def check_text(text):
+    """Whatever stands in a file comes to values or to complaints of one line each, and never to anything else."""
+    try:
+        found = parse(text, "config.yaml")
+    except ConfigError as error:
+        lines = error.problems
+        assert lines
+    else:
+        lines = found.unknown
+        assert set(found.values) <= set(BY_PATH)
+    assert all(line.isprintable() and line.startswith("config.yaml") for line in lines)
+
+
+@given(
+    found=objects(), more=st.lists(st.tuples(st.sampled_from(sorted(flags.BY_NAME)), st.text(max_size=8)), max_size=3)
+)
+def test_any_configuration_loads_or_complains(tmp_path_factory, found, more):
+    path = tmp_path_factory.getbasetemp() / "generated.yaml"
+    path.write_text(yaml.safe_dump(found), encoding="utf-8")
+    try:
+        _, lines = load([("config", str(path)), *(each for each in more if each[0] != "config")])
+    except ConfigError as error:
+        lines = error.problems
+        assert lines
+    assert all(line.isprintable() for line in lines)
