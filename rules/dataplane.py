@@ -23,6 +23,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     loopback_node_ports: bool = False
     reject_closed_ports: bool = True
     drop_unallocated: bool = True
+    max_backends: int = 0
+    """How many backends one list can have; 0: any number.  Of more, the first are used."""
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True):
