@@ -1,0 +1,53 @@
+"""One agent per network namespace (DESIGN 4.11).
+
+The lock is a listening abstract Unix socket: such names belong to a network namespace, and the kernel frees them when
+their process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+
+_NAME = "\0sluice-agent"
+_UCRED = struct.Struct("=iII")
+
+
+class HeldError(Exception):
+    """Another agent runs in this network namespace; the message says which process it is."""
+
+
+class Lock:
+    """The lock, held until `release` or until the process ends."""
+
+    def __init__(self) -> None:
+        """Take the lock.
+
+        Raises:
+            HeldError: another process holds it.
+        """
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.bind(_NAME)
+            self._socket.listen(1)
+        except OSError as error:
+            self._socket.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise HeldError(f"another sluice runs in this network namespace (process {_holder()})") from None
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._socket.close()
+
+
+def _holder() -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.setblocking(False)
+        try:
+            client.connect(_NAME)
+            pid, _, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        except OSError:
+            return "unknown"
+        return str(pid)

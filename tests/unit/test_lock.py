@@ -1,0 +1,40 @@
+"""One agent per network namespace."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from proxy.lock import HeldError, Lock
+
+HOLD = "import sys; from proxy.lock import Lock; lock = Lock(); print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def name(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A lock of the test's own: others on this machine don't count."""
+    name = f"\0sluice-test-{os.getpid()}"
+    monkeypatch.setattr("proxy.lock._NAME", name)
+    return name
+
+
+def test_the_second_one_is_told_who_holds_it(name: str) -> None:
+    lock = Lock()
+    with pytest.raises(HeldError, match=f"process {os.getpid()}"):
+        Lock()
+    lock.release()
+    Lock().release()
+
+
+def test_a_process_that_dies_gives_it_back(name: str) -> None:
+    code = HOLD.replace("lock = Lock()", f"import proxy.lock; proxy.lock._NAME = {name!r}; lock = Lock()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(HeldError, match=f"process {holder.pid}"):
+            Lock()
+        holder.kill()
+    Lock().release()

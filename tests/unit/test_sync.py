@@ -1,0 +1,218 @@
+"""The sync loop of a family: deltas while the kernel is known, a whole sync when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from proxy.config.settings import Settings
+from proxy.desired import Desired
+from proxy.objects import Key
+from proxy.runner import Periods
+from proxy.sources.base import Resource
+from proxy.state import State
+from proxy.sync import FamilySync
+from rules.dataplane import Applied, Capabilities, DataplaneError
+from rules.forwarding import Delta, Family, ForwardingTable, apply_delta
+from tests.builders import endpoint, endpoint_slice, service
+from tests.fakes.polling import eventually as until
+
+
+class Memory:
+    """A dataplane whose kernel is a variable."""
+
+    name = "memory"
+    family = Family.IPV4
+    capabilities = Capabilities()
+
+    def __init__(self) -> None:
+        self.held: ForwardingTable | None = None
+        self.calls: list[str] = []
+        self.fails = 0
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if self.fails:
+            self.fails -= 1
+            raise DataplaneError("the kernel is in a bad mood")
+
+    def read(self) -> ForwardingTable | None:
+        return self.held
+
+    def sync(self, table: ForwardingTable) -> Applied:
+        self._call("sync")
+        self.held = table
+        return Applied(full=True)
+
+    def apply(self, delta: Delta) -> Applied:
+        self._call("apply")
+        assert self.held is not None
+        self.held = apply_delta(self.held, delta)
+        return Applied()
+
+    def cleanup(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Reports:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def queued(self, family: Family) -> None:
+        self.seen.append("queued")
+
+    def started(self, family: Family) -> None:
+        self.seen.append("started")
+
+    def succeeded(self, family: Family, seconds: float, applied: Applied) -> None:
+        self.seen.append("succeeded")
+
+    def failed(self, family: Family, seconds: float) -> None:
+        self.seen.append("failed")
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.state = State("node1")
+        self.kernel = Memory()
+        self.reports = Reports()
+        self.desired = Desired(Settings(mode="nftables"), "node1", self.state, [Family.IPV4])
+        periods = Periods(minimum=0.0, retry=0.01)
+        self.sync = FamilySync(self.kernel, self.desired, self.state, periods, self.reports)
+        self.state.on_change = self.sync.request
+
+    def list_all(self, *names: str) -> None:
+        slices = [endpoint_slice([endpoint("10.244.1.1")], name=f"{name}-1", owner=name) for name in names]
+        self.state.replace(Resource.SLICES, slices)
+        services = [service(name, cluster_ip=f"172.30.0.{number}") for number, name in enumerate(names, 1)]
+        self.state.replace(Resource.SERVICES, services)
+
+    def labels(self) -> set[str]:
+        """Whose routes the kernel holds."""
+        assert self.kernel.held is not None
+        return {route.label for route in self.kernel.held.routes.values()}
+
+    def wanted(self) -> bool:
+        return self.kernel.held == self.desired.table(Family.IPV4)
+
+
+def running(scenario: Callable[[Rig], Awaitable[None]]) -> Rig:
+    async def main() -> Rig:
+        rig = Rig()
+        loop = asyncio.create_task(rig.sync.run())
+        try:
+            await scenario(rig)
+        finally:
+            loop.cancel()
+            await asyncio.gather(loop, return_exceptions=True)
+        return rig
+
+    return asyncio.run(main())
+
+
+def test_SYN_1_nothing_is_written_before_both_lists_are_there() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.state.replace(Resource.SERVICES, [service("web")])
+        rig.sync.request()
+        await asyncio.sleep(0)
+        assert not rig.kernel.calls
+        rig.state.replace(Resource.SLICES, [])
+        await until(lambda: rig.kernel.calls == ["sync"])
+
+    running(scenario)
+
+
+def test_the_first_sync_is_whole_and_the_next_ones_are_deltas() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        rig.state.set(Resource.SERVICES, service("dns", cluster_ip="10.96.0.10"))
+        await until(lambda: rig.kernel.calls == ["sync", "apply"] and rig.wanted())
+
+    running(scenario)
+
+
+def test_a_change_that_changes_no_route_writes_nothing_and_counts_as_done() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        done = rig.reports.seen.count("succeeded")
+        rig.state.set(Resource.SLICES, endpoint_slice([endpoint("10.244.1.1")], owner="nobody"))
+        await until(lambda: rig.reports.seen.count("succeeded") > done)
+        assert rig.kernel.calls == ["sync"]
+
+    running(scenario)
+
+
+def test_SYN_6_after_a_failure_the_kernel_is_read_again() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        rig.kernel.fails = 2
+        rig.state.delete(Resource.SERVICES, Key("ns", "web"))
+        await until(lambda: rig.kernel.calls == ["sync", "apply", "sync", "sync"] and rig.wanted())
+        assert rig.reports.seen.count("failed") == 2
+
+    running(scenario)
+
+
+def test_doubt_reads_the_kernel_again() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        rig.kernel.held = ForwardingTable(family=Family.IPV4)
+        rig.sync.doubt()
+        await until(lambda: rig.kernel.calls == ["sync", "sync"] and rig.wanted())
+
+    running(scenario)
+
+
+def test_doubt_during_an_apply_is_not_lost() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        loop = asyncio.get_running_loop()
+        apply = rig.kernel.apply
+
+        def interrupted(delta: Delta) -> Applied:
+            asyncio.run_coroutine_threadsafe(_call(rig.sync.doubt), loop).result()
+            return apply(delta)
+
+        rig.kernel.apply = interrupted  # type: ignore[method-assign]
+        rig.state.delete(Resource.SERVICES, Key("ns", "web"))
+        await until(lambda: rig.kernel.calls == ["sync", "apply", "sync"] and rig.wanted())
+
+    running(scenario)
+
+
+async def _call(function: Callable[[], None]) -> None:
+    function()
+
+
+def test_two_Services_that_claim_one_frontend_are_reported_and_the_loser_takes_over() -> None:
+    async def scenario(rig: Rig) -> None:
+        old = service("old", created="2026-01-01T00:00:00Z")
+        new = service("new", created="2026-02-01T00:00:00Z")
+        rig.state.replace(Resource.SLICES, [])
+        rig.state.replace(Resource.SERVICES, [new, old])
+        await until(lambda: ("conflict", "Service ns/new") in rig.state.troubles)
+        rig.state.delete(Resource.SERVICES, old.key)
+        await until(lambda: not rig.state.troubles and rig.labels() == {"ns/new"})
+
+    running(scenario)
+
+
+def test_an_address_of_the_node_that_comes_computes_every_Service_and_writes_the_difference() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web", "shop")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        rig.desired.set_interfaces({"eth0": (bytes([192, 0, 2, 1]),)})
+        rig.sync.request()
+        await until(lambda: rig.reports.seen.count("succeeded") == 2)
+        assert rig.wanted()
+        assert rig.kernel.calls == ["sync"], "no route depends on that address"
+
+    running(scenario)
