@@ -1,0 +1,277 @@
+"""Forwarding tables for people and for programs: rows, aligned text, JSON.
+
+Everything is sorted, so that equal tables print alike: by Service, kind and frontend, backends by address and port.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TextIO
+
+from rules.forwarding import (
+    Backend,
+    Detector,
+    ForwardingTable,
+    Frontend,
+    InputInterface,
+    Kind,
+    NodeFacts,
+    Refusal,
+    Route,
+    SourcePrefix,
+    format_address,
+)
+
+Format = Literal["table", "wide", "json", "yaml"]
+
+SHOWN_BACKENDS = 3
+"""How many backends a row shows unless it is wide."""
+
+_KINDS = {kind: place for place, kind in enumerate(Kind)}
+_REFUSALS = {Refusal.REJECT: "rejected", Refusal.DROP: "dropped"}
+
+
+class Row(NamedTuple):
+    """One frontend, in text."""
+
+    service: str
+    """`namespace/service:port`; empty where the kernel holds no label."""
+    kind: str
+    frontend: str
+    policy: str
+    """`Cluster` or `Local`; empty for a ClusterIP."""
+    backends: tuple[str, ...]
+    local_backends: tuple[str, ...] | None
+    refusal: str
+    """`rejected` or `dropped`: what happens to those who find no backend; else empty."""
+    ranges: tuple[str, ...]
+    affinity: int
+
+
+class Shown(NamedTuple):
+    """A table, and where it comes from."""
+
+    dataplane: str
+    """The dataplane that holds it; empty for one that none holds."""
+    table: ForwardingTable
+
+
+def table_rows(table: ForwardingTable) -> list[Row]:
+    """The routes of a table as text, sorted."""
+    return [_row(frontend, route) for frontend, route in _sorted_routes(table)]
+
+
+def select(table: ForwardingTable, wanted: Callable[[Frontend, Route], bool]) -> ForwardingTable:
+    """The table with those routes alone, and without its hairpins: for showing only."""
+    return ForwardingTable(
+        family=table.family,
+        node=table.node,
+        routes={frontend: route for frontend, route in table.routes.items() if wanted(frontend, route)},
+        damage=table.damage,
+    )
+
+
+def write(shown: Sequence[Shown], format_: Format, out: TextIO | None = None) -> None:
+    """Print tables to `out` (standard output unless given); with colours where that is a terminal."""
+    out = sys.stdout if out is None else out
+    if format_ in {"json", "yaml"}:
+        value = {"tables": [to_json(each) for each in shown]}
+        out.write(_yaml(value) if format_ == "yaml" else json.dumps(value, indent=2) + "\n")
+        return
+    wide = format_ == "wide"
+    for index, each in enumerate(shown):
+        if index:
+            out.write("\n")
+        if out.isatty():
+            _write_rich(each, out, wide=wide)
+        else:
+            _write_plain(each, out, wide=wide)
+
+
+def to_json(shown: Shown) -> dict[str, Any]:
+    """A table as values that JSON has, addresses as text."""
+    table = shown.table
+    result: dict[str, Any] = {"dataplane": shown.dataplane} if shown.dataplane else {}
+    return result | {
+        "family": table.family.label,
+        "node": _facts_json(table.node),
+        "routes": [_route_json(frontend, route) for frontend, route in _sorted_routes(table)],
+        "hairpins": [str(endpoint) for endpoint in sorted(table.hairpins)],
+        "damage": sorted(table.damage),
+    }
+
+
+def facts_lines(table: ForwardingTable) -> Iterator[str]:
+    """What holds for every route of a table, a line each."""
+    node = table.node
+    yield f"mark            {node.mark:#x}" + (
+        ", every ClusterIP connection masqueraded" if node.masquerade_all else ""
+    )
+    yield f"local pods      {_detector_text(node.detector)}"
+    if node.node_port_addresses is None:
+        ports = "every address but loopback"
+    else:
+        ports = ", ".join(_addresses(node.node_port_addresses)) or "no address"
+    yield f"node ports on   {ports}" + (", and 127.0.0.0/8" if node.loopback_node_ports else "")
+    networks = ", ".join(map(str, node.service_cidrs))
+    yield f"service CIDRs   {networks or 'none known'}" + (": unallocated addresses are dropped" if networks else "")
+    yield f"closed ports    of a ClusterIP are {'rejected' if node.reject_closed_ports else 'left alone'}"
+
+
+def _sorted_routes(table: ForwardingTable) -> list[tuple[Frontend, Route]]:
+    def place(item: tuple[Frontend, Route]) -> tuple[str, int, Frontend]:
+        frontend, route = item
+        return route.label or "\U0010ffff", _KINDS[route.kind], frontend
+
+    return sorted(table.routes.items(), key=place)
+
+
+def _row(frontend: Frontend, route: Route) -> Row:
+    return Row(
+        service=route.label,
+        kind=route.kind.value,
+        frontend=str(frontend),
+        policy=_policy(route),
+        backends=_backends(route.backends),
+        local_backends=None if route.local_backends is None else _backends(route.local_backends),
+        refusal="" if route.refusal is None else _REFUSALS[route.refusal],
+        ranges=tuple(map(str, route.source_ranges)),
+        affinity=route.affinity,
+    )
+
+
+def _policy(route: Route) -> str:
+    if route.kind is Kind.CLUSTER_IP:
+        return ""
+    return "Local" if route.policy_local else "Cluster"
+
+
+def _backends(backends: Iterable[Backend]) -> tuple[str, ...]:
+    return tuple(str(backend) for backend in sorted(backends))
+
+
+def _addresses(addresses: Iterable[bytes]) -> list[str]:
+    return [format_address(address) for address in sorted(addresses)]
+
+
+def _detector_text(detector: Detector | None) -> str:
+    if detector is None:
+        return "not told apart"
+    if isinstance(detector, SourcePrefix):
+        return f"sources in {detector.prefix}"
+    if isinstance(detector, InputInterface):
+        return f"what comes in by {detector.name}"
+    return f"what comes in by {detector.prefix}*"
+
+
+def _facts_json(node: NodeFacts) -> dict[str, Any]:
+    detector: dict[str, str] | None = None
+    if isinstance(node.detector, SourcePrefix):
+        detector = {"sourcePrefix": str(node.detector.prefix)}
+    elif isinstance(node.detector, InputInterface):
+        detector = {"interface": node.detector.name}
+    elif node.detector is not None:
+        detector = {"interfacePrefix": node.detector.prefix}
+    addresses = node.node_port_addresses
+    return {
+        "mark": node.mark,
+        "masqueradeAll": node.masquerade_all,
+        "detector": detector,
+        "nodePortAddresses": None if addresses is None else _addresses(addresses),
+        "loopbackNodePorts": node.loopback_node_ports,
+        "rejectClosedPorts": node.reject_closed_ports,
+        "serviceCIDRs": list(map(str, node.service_cidrs)),
+    }
+
+
+def _route_json(frontend: Frontend, route: Route) -> dict[str, Any]:
+    return {
+        "service": route.label,
+        "kind": route.kind.value,
+        "address": format_address(frontend.address) if frontend.address else None,
+        "protocol": frontend.protocol.name,
+        "port": frontend.port,
+        "policy": _policy(route) or None,
+        "backends": list(_backends(route.backends)),
+        "localBackends": None if route.local_backends is None else list(_backends(route.local_backends)),
+        "refusal": None if route.refusal is None else route.refusal.value,
+        "affinitySeconds": route.affinity,
+        "sourceRanges": list(map(str, route.source_ranges)),
+    }
+
+
+def _yaml(value: Any) -> str:
+    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  # 20 ms for one of four formats
+
+    return str(yaml.safe_dump(value, sort_keys=False, width=120))
+
+
+# --- text ----------------------------------------------------------------------------------------------------
+
+_HEADINGS = ("SERVICE", "KIND", "FRONTEND", "POLICY", "BACKENDS", "NOTES")
+
+
+def _cells(row: Row, *, wide: bool) -> tuple[str, ...]:
+    notes = []
+    if row.local_backends is not None:
+        notes.append(f"from outside: {_list(row.local_backends, wide=wide)}")
+    if row.refusal:
+        notes.append(f"without backend: {row.refusal}")
+    if row.ranges:
+        notes.append(f"only from {_list(row.ranges, wide=wide)}")
+    if row.affinity:
+        notes.append(f"affinity {row.affinity}s")
+    backends = _list(row.backends, wide=wide)
+    return row.service or "-", row.kind, row.frontend, row.policy or "-", backends, "; ".join(notes)
+
+
+def _list(items: Sequence[str], *, wide: bool) -> str:
+    shown = items if wide else items[:SHOWN_BACKENDS]
+    more = f" +{len(items) - len(shown)} more" if len(items) > len(shown) else ""
+    return ", ".join(shown) + more if items else "none"
+
+
+def _title(shown: Shown) -> str:
+    count = len(shown.table.routes)
+    where = f" in {shown.dataplane}" if shown.dataplane else ""
+    return f"{shown.table.family.label}{where}: {count} frontend{'' if count == 1 else 's'}"
+
+
+def _write_plain(shown: Shown, out: TextIO, *, wide: bool) -> None:
+    out.write(f"{_title(shown)}\n")
+    if wide or shown.table.routes:
+        out.writelines(f"  {line}\n" for line in facts_lines(shown.table))
+    out.writelines(f"  DAMAGE          {sentence}\n" for sentence in sorted(shown.table.damage))
+    cells = [_cells(row, wide=wide) for row in table_rows(shown.table)]
+    if not cells:
+        return
+    cells.insert(0, _HEADINGS)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line_cells in cells:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(line_cells, widths, strict=True))
+        out.write(f"{line.rstrip()}\n")
+
+
+def _write_rich(shown: Shown, out: TextIO, *, wide: bool) -> None:
+    from rich.console import Console  # noqa: PLC0415  # 60 ms that a pipe does without
+    from rich.table import Table  # noqa: PLC0415  # likewise
+    from rich.text import Text  # noqa: PLC0415  # likewise
+
+    console = Console(file=out)
+    console.print(Text(_title(shown), style="bold"))
+    for line in facts_lines(shown.table) if wide or shown.table.routes else ():
+        console.print(Text(f"  {line}", style="dim"))
+    for sentence in sorted(shown.table.damage):
+        console.print(Text(f"  DAMAGE          {sentence}", style="bold red"))
+    rows = table_rows(shown.table)
+    if not rows:
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    styles: Mapping[str, str] = {"SERVICE": "cyan", "FRONTEND": "green", "NOTES": "yellow"}
+    for heading in _HEADINGS:
+        grid.add_column(heading, style=styles.get(heading), overflow="fold", no_wrap=heading == "FRONTEND")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in _cells(row, wide=wide)))
+    console.print(grid)

@@ -1,0 +1,248 @@
+"""The command line: what scripts depend on (DESIGN 5), and that no mistake ends in a trace."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import cli, logs
+from proxy.config import flags
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("pyroute2", "aiohttp", "rich", "prometheus_client", "kubernetes", "structlog", "asyncio", "yaml", "ryaml")
+
+
+@pytest.fixture(autouse=True)
+def _logs():
+    yield
+    logs.structlog.reset_defaults()
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    """Stands in for the agent: keeps the settings that it was started with."""
+    started = []
+    module = types.ModuleType("proxy.agent")
+    module.main = lambda settings: started.append(settings) or 0
+    monkeypatch.setitem(sys.modules, "proxy.agent", module)
+    monkeypatch.setattr("proxy.agent", module, raising=False)
+    return started
+
+
+def run_python(code, *args, **options):
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["version"], ["--version"], ["run", "--help"], ["dump", "--help"]])
+def test_help_and_version_load_nothing_heavy(arguments):
+    code = (
+        "import sys; from proxy.cli import main; code = main(sys.argv[1:]);"
+        f"sys.exit(str([each for each in {HEAVY} if each in sys.modules]) if code == 0 else 'code')"
+    )
+    ended = run_python(code, *arguments)
+    assert ended.stderr == "[]\n"
+    assert ended.stdout
+
+
+def test_render_needs_neither_network_nor_netlink(tmp_path):
+    (tmp_path / "a.yaml").write_text("apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: {clusterIP: None}\n")
+    code = (
+        "import sys; from proxy.cli import main; code = main(['render', '-f', sys.argv[1], '-o', 'json']);"
+        "sys.exit(str([each for each in ('pyroute2', 'aiohttp') if each in sys.modules]))"
+    )
+    assert run_python(code, str(tmp_path)).stderr == "[]\n"
+
+
+def test_help_lists_the_verbs_that_exist(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for verb in ("run", "demo", "render", "dump", "cleanup", "version"):
+        assert f"\n  {verb} " in out
+    assert "explain" not in out
+
+
+def test_cfg_2_the_help_of_run_has_every_flag(capsys):
+    assert cli.main(["run", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"--{name}" in out for name in flags.BY_NAME)
+
+
+def test_run_hands_the_settings_to_the_agent(agent, capfd):
+    assert cli.main(["run", "--proxy_mode", "nftables", "--masquerade-all", "-v=4", "--manifests=/m"]) == 0
+    (settings,) = agent
+    assert (settings.mode, settings.masquerade_all, settings.verbosity, settings.manifests) == (
+        "nftables",
+        True,
+        4,
+        "/m",
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_run_ends_with_the_agents_code(monkeypatch, agent):
+    monkeypatch.setattr(sys.modules["proxy.agent"], "main", lambda _settings: 1)
+    assert cli.main(["run"]) == 1
+
+
+def test_run_tells_warnings_in_the_log(agent, capfd):
+    assert cli.main(["run", "--profiling", "--logging-format=json"]) == 0
+    assert '"event": "--profiling is not supported yet and has no effect"' in capfd.readouterr().err
+
+
+def test_under_the_name_kube_proxy_it_is_run(agent, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: iptables\n")
+    arguments = [f"--config={config}", "--hostname-override=Node1"]
+    assert cli.main(arguments, name="/usr/local/bin/kube-proxy") == 0
+    assert (agent[0].mode, agent[0].hostname_override) == ("iptables", "node1")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--version=raw"]])
+def test_cfg_1_kube_proxys_version_flag(arguments, capsys, agent):
+    assert cli.main(arguments, name="kube-proxy") == 0
+    assert capsys.readouterr().out.startswith("sluice ")
+    assert agent == []
+
+
+def test_cfg_2_write_config_to_writes_what_loads_again(agent, tmp_path):
+    path = tmp_path / "out.yaml"
+    arguments = ["run", "--proxy-mode=nftables", "--cluster-cidr=10.0.0.0/8", f"--write-config-to={path}"]
+    assert cli.main(arguments) == 0
+    assert yaml.safe_load(path.read_text())["nftables"]["syncPeriod"] == "30s"
+    assert cli.main(["run", f"--config={path}"]) == 0
+    assert (agent[0].mode, [str(each) for each in agent[0].cluster_cidrs]) == ("nftables", ["10.0.0.0/8"])
+    assert len(agent) == 1
+
+
+def test_cfg_53_init_only_ends(agent, capfd):
+    assert cli.main(["run", "--init-only"]) == 0
+    assert agent == []
+    assert "--init-only" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 1)])
+def test_cfg_52_run_cleanup_is_cleanup(monkeypatch, agent, code, expected):
+    monkeypatch.setattr("proxy.cleanup.main", lambda: code)
+    assert cli.main(["run", "--cleanup"]) == expected
+    assert agent == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["run", "--nope"], 1, "sluice run: No such option"),
+        (["run", "positional"], 1, "sluice run: Got unexpected extra argument (positional)"),
+        (["run", "--config"], 1, "sluice run: --config: needs a value"),
+        (["run", "--config=/none"], 1, "sluice run: --config /none: No such file or directory"),
+        (["run", "--v=x"], 1, 'sluice run: --v: "x" is not a whole number'),
+        (["run", "--cleanup=x"], 1, 'sluice run: --cleanup: "x" is not true or false'),
+        (["run", "--write-config-to=/none/x"], 1, "sluice run: /none/x: No such file or directory"),
+        (["render"], 2, "sluice render: Missing option '-f'"),
+        (["render", "-f", "/none"], 2, "sluice render: /none"),
+        (["render", "-f", ".", "--masquerade-all=x"], 2, "sluice render: --masquerade-all:"),
+        (["render", "-f", ".", "-o", "xml"], 2, "sluice render: Invalid value for '-o'"),
+        (["dump", "--address", "x"], 2, "sluice dump: --address: 'x' is no IP address"),
+        (["dump", "--port", "0"], 2, "sluice dump: Invalid value for '--port'"),
+        (["nope"], 2, "sluice: No such command 'nope'"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_code(agent, capsys, arguments, code, line):
+    assert cli.main(arguments) == code
+    err = capsys.readouterr().err
+    assert err.startswith(line)
+    assert len(err.splitlines()) == 1
+    assert agent == []
+
+
+def test_cfg_20_every_mistake_of_a_file_is_a_line(capsys, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: x\noomScoreAdj: 5000\n"
+    )
+    assert cli.main(["run", f"--config={config}"]) == 1
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [f"{config}:3", f"{config}:4"]
+
+
+def test_an_internal_error_is_one_line_and_a_trace_on_request(monkeypatch, capsys, agent):
+    def broken(_settings):
+        raise KeyError("x\ny")
+
+    monkeypatch.setattr(sys.modules["proxy.agent"], "main", broken)
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr().err == "sluice run: internal error: KeyError: 'x\\ny' (SLUICE_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(KeyError):
+        cli.main(["run"])
+
+
+def test_c_is_no_mistake(monkeypatch, agent, capsys):
+    def interrupted(_settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["proxy.agent"], "main", interrupted)
+    assert cli.main(["run"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_mistake(tmp_path):
+    spec = "{clusterIP: 10.0.%d.%d, ports: [{port: 1}]}"
+    services = [
+        f"apiVersion: v1\nkind: Service\nmetadata: {{name: s{each}}}\nspec: {spec % divmod(each, 250)}\n"
+        for each in range(1000)
+    ]
+    manifests = tmp_path / "m.yaml"
+    manifests.write_text("---\n".join(services))
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "proxy", "render", "-f", str(manifests), "-o", "json"],
+            cwd=ROOT,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+words = st.text(max_size=10) | st.sampled_from(
+    [f"--{name}" for name in flags.BY_NAME if name not in {"cleanup", "write-config-to", "config"}]
+)
+
+
+@given(verb=st.sampled_from(["run", "render", ""]), arguments=st.lists(words, max_size=5))
+def test_no_arguments_end_in_a_trace(monkeypatch_module, verb, arguments):
+    assert cli.main([*filter(None, [verb]), *arguments]) in {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    """For generated arguments: whatever the agent is asked to do, it ends at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = types.ModuleType("proxy.agent")
+        module.main = lambda _settings: 0
+        patch.setitem(sys.modules, "proxy.agent", module)
+        patch.setattr("proxy.agent", module, raising=False)
+        for verb in ("proxy.cleanup.main", "proxy.dump.main"):
+            patch.setattr(verb, lambda *_args, **_kwargs: 0)
+        patch.setattr(cli, "_explain", lambda error, _command: fail_if_internal(error))
+        yield
+
+
+def fail_if_internal(error):
+    if not isinstance(error, cli.click.ClickException | cli.ConfigError | OSError):
+        raise error
+    return ()
