@@ -1,0 +1,366 @@
+"""A netfilter netlink socket: dumps, single requests, and transactions of nftables.
+
+A transaction is one `send` from the batch's begin to its end.  The kernel handles all of it before `send` returns,
+and it applies all or nothing: every message that it refuses is answered by an error with that message's sequence
+number, and the answers wait in the socket's receive buffer.  Recent kernels also acknowledge the batch's end; older
+ones ignore that wish, so that no error in the queue means done.
+
+The socket is the standard library's.  pyroute2's (0.9) is an asyncio endpoint that is opened again for every thread
+and event loop that touches it; a synchronous send with its answers read from the same thread gains nothing from it,
+and its import costs more time and memory than this module's users otherwise need.
+
+A socket belongs to the network namespace in which its maker's thread was.  One call at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from rules.netlink.attributes import (
+    ACK,
+    DUMP,
+    DUMP_INTERRUPTED,
+    HEADER,
+    REQUEST,
+    U32,
+    DecodeError,
+    Message,
+    attributes,
+    be32,
+    be32_of,
+    message,
+    messages,
+)
+
+AF_UNSPEC = socket.AF_UNSPEC
+SUBSYSTEM_NFTABLES = 10
+
+_NETLINK_NETFILTER = 12
+_SOL_NETLINK = 270
+_NETLINK_CAP_ACK = 10
+_NETLINK_EXT_ACK = 11
+_SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
+
+_NLMSG_ERROR = 2
+_NLMSG_DONE = 3
+_ACK_CAPPED = 0x100
+_ACK_ATTRIBUTES = 0x200
+_ERROR_TEXT = 1
+_ERROR_OFFSET = 2
+
+_BATCH_BEGIN = 16
+_BATCH_END = 17
+_BATCH_GENERATION = 1
+_GET_GENERATION = SUBSYSTEM_NFTABLES << 8 | 16
+_GENERATION_ID = 1
+
+_NETFILTER_HEADER = struct.Struct(">BBH")
+_TIMEVAL = struct.Struct("@ll")
+
+_RECEIVE = 1 << 16
+"""More than the kernel puts into one datagram of a dump."""
+_SMALLEST_BUFFER = 1 << 20
+_ERROR_COST = 2048
+"""What one queued error takes from the receive buffer: the kernel counts its own bookkeeping too."""
+_ANSWER_SECONDS = 30
+_DUMP_TRIES = 20
+
+
+class Failure(NamedTuple):
+    """One message that the kernel refused."""
+
+    message: int
+    """Its place in the list that was given to `commit`; -1: the batch as a whole."""
+    errno: int
+    text: str
+    """The kernel's own explanation; often empty."""
+    offset: int
+    """Where in the message the offending attribute starts, counted from the message's header; 0: unknown."""
+
+    def __str__(self) -> str:
+        where = f"message {self.message}" if self.message >= 0 else "the transaction"
+        explanation = f" ({self.text})" if self.text else ""
+        return f"{where}: {os.strerror(self.errno)}{explanation}"
+
+
+class TransactionError(Exception):
+    """The kernel refused a transaction and applied nothing of it."""
+
+    def __init__(self, errors: Sequence[Failure]) -> None:
+        self.errors = tuple(errors)
+        shown = "; ".join(str(each) for each in self.errors[:3])
+        more = f" and {len(self.errors) - 3} more" if len(self.errors) > 3 else ""
+        super().__init__(f"{shown}{more}")
+
+
+class StaleGenerationError(TransactionError):
+    """Another process changed nftables since the generation that the transaction rests on."""
+
+
+class LostAnswerError(TransactionError):
+    """The kernel could not queue its answers: whether the transaction was applied has to be read."""
+
+
+class NetlinkError(OSError):
+    """A request or a dump was refused; `errno` says why."""
+
+
+def netfilter_message(kind: int, flags: int, family: int, payload: bytes, subsystem: int = SUBSYSTEM_NFTABLES) -> bytes:
+    """A request to a netfilter subsystem: `family` is an AF_ number, `payload` attributes."""
+    return message(subsystem << 8 | kind, REQUEST | flags, _NETFILTER_HEADER.pack(family, 0, 0) + payload)
+
+
+def attributes_of(payload: bytes) -> bytes:
+    """The attributes of a netfilter message's payload.
+
+    Raises:
+        DecodeError: there is no netfilter header.
+    """
+    if len(payload) < _NETFILTER_HEADER.size:
+        raise DecodeError("a netfilter message without its header")
+    return payload[_NETFILTER_HEADER.size :]
+
+
+def family_of(payload: bytes) -> int:
+    """The AF_ number in a netfilter message's payload; raises DecodeError."""
+    attributes_of(payload)
+    return payload[0]
+
+
+class NetfilterSocket:
+    """A netlink socket to netfilter, in the network namespace of the calling thread.
+
+    Raises:
+        OSError: the kernel has no netfilter netlink.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._sequence = itertools.count(1)
+        self._send_buffer = self._receive_buffer = 0
+        try:
+            self._socket.bind((0, 0))
+            for option in (_NETLINK_EXT_ACK, _NETLINK_CAP_ACK):
+                self._socket.setsockopt(_SOL_NETLINK, option, 1)
+            # A lost answer must not hold the agent for ever.  Not settimeout(): it would make recv wait in commit.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(_ANSWER_SECONDS, 0))
+            self._grow(_SMALLEST_BUFFER, _SMALLEST_BUFFER)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    @property
+    def port(self) -> int:
+        """The socket's port id, by which the kernel names it as the cause of changes."""
+        return int(self._socket.getsockname()[0])
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    def request(self, message: bytes) -> bytes:
+        """The payload of the answer to a request for one object.
+
+        Raises:
+            NetlinkError: the kernel refused (ENOENT: there is no such object).
+            DecodeError: the answer is no netlink message.
+        """
+        answers: list[bytes] = []
+        self._converse(message, REQUEST, answers)
+        if not answers:
+            raise NetlinkError(errno.EPROTO, "an answer without content")
+        return answers[0]
+
+    def dump(self, message: bytes) -> list[bytes]:
+        """The payloads of all answers to a request for many objects.
+
+        What changes while it is being read starts the dump again.
+
+        Raises:
+            NetlinkError: the kernel refused (ENOENT: no such table or set), or EINTR: it changed too often.
+            DecodeError: an answer is no netlink message.
+        """
+        for _ in range(_DUMP_TRIES):
+            answers: list[bytes] = []
+            try:
+                interrupted = self._converse(message, REQUEST | DUMP, answers)
+            except NetlinkError as error:
+                if error.errno not in (errno.EINTR, errno.EAGAIN):
+                    raise
+                continue
+            if not interrupted:
+                return answers
+        raise NetlinkError(errno.EINTR, "it changed again and again while it was read")
+
+    def generation(self) -> int:
+        """The number of the namespace's nftables generation: every transaction of anybody makes another.
+
+        Raises:
+            NetlinkError: the kernel refused.
+            DecodeError: the answer makes no sense.
+        """
+        answer = self.request(netfilter_message(_GET_GENERATION & 0xFF, 0, AF_UNSPEC, b""))
+        return be32_of(attributes(attributes_of(answer)), _GENERATION_ID)
+
+    def _converse(self, message: bytes, flags: int, answers: list[bytes]) -> bool:
+        """Send one request and collect its answers' payloads; whether what was read changed meanwhile."""
+        sequence = next(self._sequence) & 0xFFFFFFFF
+        self._drain()
+        self._socket.sendto(_numbered(message, flags, sequence), (0, 0))
+        interrupted = False
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE)
+            except BlockingIOError:
+                raise NetlinkError(errno.ETIMEDOUT, f"no answer from the kernel for {_ANSWER_SECONDS} s") from None
+            for answer in messages(data):
+                if answer.sequence != sequence:
+                    continue
+                interrupted = interrupted or bool(answer.flags & DUMP_INTERRUPTED)
+                if answer.kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                    code = _error_code(answer.payload)
+                    if code:
+                        raise NetlinkError(code, _explanation(answer) or os.strerror(code))
+                    return interrupted
+                answers.append(answer.payload)
+            if answers and not flags & DUMP:
+                return interrupted
+
+    # --- writing ---------------------------------------------------------------------------------------------
+
+    def commit(self, messages: Sequence[bytes], generation: int | None = None) -> None:
+        """Apply all of `messages` in one transaction; nothing happens when there are none.
+
+        With `generation` it is applied only if nobody changed nftables since that generation.
+
+        Raises:
+            TransactionError: nothing was applied; its `errors` name the messages that were refused.
+            StaleGenerationError: nothing was applied, as the generation is another by now.
+            LostAnswerError: the answers were lost; read what is there.
+            OSError: the transaction could not be handed to the kernel.
+        """
+        if not messages:
+            return
+        # Sequence numbers: the first is the batch's begin, then the messages, the last is its end.
+        first = next(self._sequence) & 0x3FFFFFFF
+        self._sequence = itertools.count(first + len(messages) + 2)
+        batch = _batch(messages, first, generation)
+        self._drain()
+        self._grow(len(batch) + 4096, len(messages) * _ERROR_COST)
+        self._socket.sendto(batch, (0, 0))
+        errors, lost = self._answers(first, len(messages))
+        if any(error.message < 0 and error.errno == errno.ERESTART for error in errors):
+            raise StaleGenerationError(errors)
+        if lost:
+            raise LostAnswerError([*errors, Failure(-1, errno.ENOBUFS, "the kernel's answers were lost", 0)])
+        if errors:
+            raise TransactionError(errors)
+
+    def _answers(self, first: int, count: int) -> tuple[list[Failure], bool]:
+        errors: list[Failure] = []
+        lost = False
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return errors, lost
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                lost = True
+                continue
+            for answer in messages(data):
+                place = answer.sequence - first - 1
+                if answer.kind != _NLMSG_ERROR or not -1 <= place <= count:
+                    continue
+                code = _error_code(answer.payload)
+                if code:
+                    text, offset = _details(answer)
+                    errors.append(Failure(place if place < count else -1, code, text, offset))
+
+    def _drain(self) -> None:
+        """Forget answers that an interrupted call left behind."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+
+    def _grow(self, send: int, receive: int) -> None:
+        if send > self._send_buffer:
+            self._set_buffer(_SO_SNDBUFFORCE, socket.SO_SNDBUF, send)
+            self._send_buffer = send
+        if receive > self._receive_buffer:
+            self._set_buffer(_SO_RCVBUFFORCE, socket.SO_RCVBUF, receive)
+            self._receive_buffer = receive
+
+    def _set_buffer(self, forced: int, plain: int, size: int) -> None:
+        size = min(size, (1 << 30) - 1)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, forced, size)
+        except PermissionError:
+            self._socket.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+def _numbered(message: bytes, flags: int, sequence: int) -> bytes:
+    numbered = bytearray(message)
+    length, kind, old, _, _ = HEADER.unpack_from(numbered)
+    HEADER.pack_into(numbered, 0, length, kind, old | flags, sequence, 0)
+    return bytes(numbered)
+
+
+def _batch(messages: Sequence[bytes], first: int, generation: int | None) -> bytes:
+    resting = be32(_BATCH_GENERATION, generation) if generation is not None else b""
+    begin = message(_BATCH_BEGIN, REQUEST, _NETFILTER_HEADER.pack(AF_UNSPEC, 0, SUBSYSTEM_NFTABLES) + resting)
+    end = message(_BATCH_END, REQUEST | ACK, _NETFILTER_HEADER.pack(AF_UNSPEC, 0, SUBSYSTEM_NFTABLES))
+    every = [begin, *messages, end]
+    batch = bytearray().join(every)
+    position = 0
+    for sequence, each in enumerate(every, first):
+        U32.pack_into(batch, position + 8, sequence)
+        position += len(each)
+    return bytes(batch)
+
+
+def _error_code(payload: bytes) -> int:
+    """The errno of an error message, or of the end of a dump; 0: it is an acknowledgement."""
+    return -int.from_bytes(payload[:4], "little" if U32.pack(1)[0] else "big", signed=True)
+
+
+def _details(answer: Message) -> tuple[str, int]:
+    """Text and offset that the kernel added to an error, if any."""
+    if not answer.flags & _ACK_ATTRIBUTES or len(answer.payload) < 4 + HEADER.size:
+        return "", 0
+    (length,) = U32.unpack_from(answer.payload, 4)
+    skipped = HEADER.size if answer.flags & _ACK_CAPPED else length + 3 & ~3
+    try:
+        found = attributes(answer.payload[4 + skipped :])
+    except DecodeError:
+        return "", 0
+    text = found.get(_ERROR_TEXT, b"").rstrip(b"\0").decode(errors="replace")
+    offset = found.get(_ERROR_OFFSET, b"")
+    return text, U32.unpack(offset)[0] if len(offset) == U32.size else 0
+
+
+def _explanation(answer: Message) -> str:
+    return _details(answer)[0] if answer.kind == _NLMSG_ERROR else ""
