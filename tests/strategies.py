@@ -101,8 +101,8 @@ def node_facts(draw: st.DrawFn, family: Family) -> NodeFacts:
         mark=1 << draw(st.integers(0, 31)),
         masquerade_all=draw(st.booleans()),
         detector=draw(detector),
-        node_port_addresses=(chosen := draw(addresses)),
-        loopback_node_ports=family is Family.IPV4 and chosen is None and draw(st.booleans()),
+        node_port_addresses=draw(addresses),
+        loopback_node_ports=family is Family.IPV4 and draw(st.booleans()),
         reject_closed_ports=draw(st.booleans()),
         service_cidrs=draw(st.lists(prefixes(family), max_size=3).map(merge_prefixes)),
     )

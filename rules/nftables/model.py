@@ -1,0 +1,459 @@
+"""What the dataplane keeps of one family's table: which list of backends has which number and which order.
+
+A forwarding table says what packets meet; the layout has to give every list of backends a number, every backend of it
+an index, and with session affinity a slot.  A `Model` holds these choices and turns a `Delta` into the elements that
+change (`plan`).  It is made empty, or by `rules.nftables.decode` from what the kernel holds, and it does no I/O.
+
+Three promises are kept here (LAYOUT.md):
+
+* A change costs what it changes: frontends of one service port share a list, and a list is rewritten in place, so
+  that one endpoint replaced is one element deleted and one added.
+* What a packet has already looked up stays valid until the next sync: a list that shrinks keeps its surplus indexes,
+  pointing at backends that live, and a list that nobody refers to any more keeps its elements; both are garbage, which
+  goes with a later plan (`GRACE` seconds later at the earliest).
+* A slot belongs to one backend for as long as the backend is in the list, and isn't given to another one soon, so that
+  a client that comes back either finds its backend or is balanced afresh.
+
+A plan changes the model at once.  If its transaction then fails, the model is void: read the kernel again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from rules.forwarding import Address, Backend, Delta, Endpoint, Family, Frontend, Kind, Protocol, Route
+from rules.nftables import names
+from rules.nftables.elements import (
+    ENDPOINT_MAPS,
+    MAX_COUNT,
+    MAX_LIST,
+    Batch,
+    Placed,
+    affinity_element,
+    backend_data,
+    cluster_ip_element,
+    frontend_elements,
+    hairpin_element,
+    index_key,
+    pack_reference,
+)
+from rules.nftables.messages import Element
+
+GRACE = 0.01
+"""Seconds that garbage stays, at least: a packet that read the old answer has finished its lookups by then."""
+
+
+class Content(NamedTuple):
+    """What two users of a list must agree on to share it."""
+
+    label: str
+    protocol: Protocol
+    affinity: int
+    backends: frozenset[Backend]
+
+
+class Use(NamedTuple):
+    """One user of a list: a frontend, and whether it is its list of policy Local."""
+
+    frontend: Frontend
+    local: bool
+
+
+class BackendList:
+    """A numbered list of backends, as the kernel holds it."""
+
+    __slots__ = ("content", "next_slot", "number", "order", "slots", "sound", "uses")
+
+    def __init__(self, number: int, content: Content, order: list[Backend], slots: dict[Backend, int] | None) -> None:
+        self.number = number
+        self.content = content
+        self.order = order
+        """Index → backend: first those of the content, in any order; behind them the surplus."""
+        self.slots = slots
+        """Backend → slot, of a list with affinity; None without."""
+        self.next_slot = max(slots.values(), default=-1) + 1 if slots else 0
+        self.uses: set[Use] = set()
+        self.sound = True
+        """False: what the kernel holds is not what a list of this content has, and it must not be used again.  The
+        repair that found it so deletes its elements: an unsound list has none here."""
+
+    @property
+    def reference(self) -> bytes:
+        """The scratch value that leads to the list."""
+        return pack_reference(self.number, len(self.content.backends))
+
+    def index_element(self, index: int, backend: Backend) -> Placed:
+        """The element that stands at an index."""
+        key = index_key(self.number, index)
+        if self.slots is None:
+            return Placed(ENDPOINT_MAPS[self.content.protocol], Element(key, backend_data(backend)))
+        return Placed(names.MEMBERS, Element(key, pack_reference(self.number, self.slots[backend])))
+
+    def slot_element(self, backend: Backend) -> Placed:
+        """The element of a backend's slot."""
+        assert self.slots is not None
+        return Placed(names.SLOTS, Element(pack_reference(self.number, self.slots[backend]), backend_data(backend)))
+
+    def elements(self) -> Iterator[Placed]:
+        """All elements of the list, the surplus included."""
+        for index, backend in enumerate(self.order):
+            yield self.index_element(index, backend)
+        if self.slots is not None:
+            for backend in self.slots:
+                yield self.slot_element(backend)
+            yield affinity_element(self.number, self.content.affinity)
+
+    def free_slot(self) -> int:
+        """A slot that no backend has, and that was given up as long ago as can be arranged."""
+        assert self.slots is not None
+        taken = set(self.slots.values())
+        while self.next_slot & MAX_COUNT in taken:
+            self.next_slot += 1
+        slot = self.next_slot & MAX_COUNT
+        self.next_slot += 1
+        return slot
+
+
+class Placement(NamedTuple):
+    """What the kernel holds for one frontend."""
+
+    frontend: Frontend
+    route: Route
+    list: BackendList | None
+    local_list: BackendList | None
+    reference: bytes | None
+    """The scratch value that the kernel holds for the list; the list itself may be on its way to another count."""
+    local_reference: bytes | None
+
+    def elements(self) -> Iterator[Placed]:
+        """The frontend's elements."""
+        return frontend_elements(self.frontend, self.route, self.reference, self.local_reference)
+
+
+class Needs(NamedTuple):
+    """What elements presuppose of the static part: a chain per count, a set and a rule per timeout and length."""
+
+    counts: frozenset[int]
+    timeouts: frozenset[int]
+    lengths: frozenset[int]
+
+    def __or__(self, other: object) -> Needs:
+        if not isinstance(other, Needs):
+            return NotImplemented
+        return Needs(self.counts | other.counts, self.timeouts | other.timeouts, self.lengths | other.lengths)
+
+    def __le__(self, other: object) -> bool:
+        if not isinstance(other, Needs):
+            return NotImplemented
+        return self.counts <= other.counts and self.timeouts <= other.timeouts and self.lengths <= other.lengths
+
+
+NO_NEEDS = Needs(frozenset(), frozenset(), frozenset())
+
+
+def needs_of(routes: Iterable[Route]) -> Needs:
+    """What these routes presuppose."""
+    counts: set[int] = set()
+    timeouts: set[int] = set()
+    lengths: set[int] = set()
+    for route in routes:
+        counts.add(len(route.backends))
+        if route.local_backends:
+            counts.add(len(route.local_backends))
+        if route.affinity:
+            timeouts.add(route.affinity)
+        lengths.update(prefix.length for prefix in route.source_ranges)
+    return Needs(frozenset(counts - {0}), frozenset(timeouts), frozenset(lengths))
+
+
+class Model:
+    """The lists, indexes and slots of one family's table.  See the head of this module."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.placements: dict[Frontend, Placement] = {}
+        self.hairpins: set[Endpoint] = set()
+        self._lists: dict[int, BackendList] = {}
+        self._by_content: dict[Content, BackendList] = {}
+        self._cluster_ips: dict[Address, int] = {}
+        self._surplus: dict[int, float] = {}
+        self._retired: dict[int, float] = {}
+        self._leftovers: list[tuple[str, bytes]] = []
+        self._last_number = 0
+
+    # --- adopting what a kernel holds ------------------------------------------------------------------------
+
+    def adopt_list(self, found: BackendList) -> None:
+        """Take over a list that the kernel holds."""
+        self._lists[found.number] = found
+        self._last_number = max(self._last_number, found.number)
+        if found.sound:
+            self._by_content.setdefault(found.content, found)
+        if len(found.order) > len(found.content.backends):
+            self._surplus[found.number] = 0.0
+
+    def adopt_route(
+        self, frontend: Frontend, route: Route, chosen: BackendList | None, local: BackendList | None
+    ) -> None:
+        """Take over a frontend that the kernel holds, whose lists have been adopted."""
+        self._place(frontend, route, chosen, local)
+
+    def adopt_leftovers(self, leftovers: Iterable[tuple[str, bytes]]) -> None:
+        """Let elements (set, key) that no list in use has go with the next plan."""
+        self._leftovers.extend(leftovers)
+
+    def unsound(self) -> frozenset[Frontend]:
+        """Frontends with a list that the kernel does not hold properly."""
+        return frozenset(
+            frontend
+            for frontend, placement in self.placements.items()
+            if any(each is not None and not each.sound for each in (placement.list, placement.local_list))
+        )
+
+    def owners(self, set_name: str, key: bytes) -> frozenset[Frontend]:
+        """The frontends that an element belongs to, as far as it is theirs alone; it walks all of them."""
+        lists = [
+            each for each in self._lists.values() if any(_key_of(own) == (set_name, key) for own in each.elements())
+        ]
+        if lists:
+            return frozenset(use.frontend for each in lists for use in each.uses)
+        return frozenset(
+            frontend
+            for frontend, placement in self.placements.items()
+            if any(_key_of(own) == (set_name, key) for own in placement.elements())
+        )
+
+    def elements(self) -> Iterator[Placed]:
+        """Every element that the kernel must hold for the routes, the lists in use and the hairpins."""
+        for placement in self.placements.values():
+            yield from placement.elements()
+        for each in self._lists.values():
+            if each.uses and each.sound:
+                yield from each.elements()
+        for address in self._cluster_ips:
+            yield cluster_ip_element(address)
+        for endpoint in self.hairpins:
+            yield hairpin_element(endpoint)
+
+    # --- planning a change -----------------------------------------------------------------------------------
+
+    def plan(self, delta: Delta, now: float) -> Batch:
+        """The elements that change with `delta`.
+
+        Args:
+            delta: new, changed and gone routes, and hairpins; its node facts are no elements of the model's.
+            now: monotonic seconds, by which garbage grows old.
+        """
+        batch = Batch()
+        self._collect_garbage(batch, now)
+        touched = (*delta.removed, *delta.changed)
+        addresses = {each.address: self._cluster_ips.get(each.address, 0) for each in touched}
+        before = {frontend: self._displace(frontend) for frontend in touched}
+        lists = self._find_lists(delta.changed, before, batch, now)
+        for frontend, route in delta.changed.items():
+            self._place(frontend, route, lists.get(Use(frontend, local=False)), lists.get(Use(frontend, local=True)))
+        for frontend, old in before.items():
+            new = self.placements.get(frontend)
+            batch.exchange(old.elements() if old else (), new.elements() if new else ())
+            for each in (old.list, old.local_list) if old else ():
+                if each is not None and not each.uses:
+                    self._retire(each, now)
+        for address, count in addresses.items():
+            self._exchange_cluster_ip(address, count, batch)
+        for endpoint in delta.hairpins_removed & self.hairpins:
+            self.hairpins.discard(endpoint)
+            batch.delete(names.LOCAL_ENDPOINT_PAIRS, hairpin_element(endpoint).element.key)
+        for endpoint in delta.hairpins_added - self.hairpins:
+            self.hairpins.add(endpoint)
+            batch.add(hairpin_element(endpoint))
+        return batch
+
+    def _displace(self, frontend: Frontend) -> Placement | None:
+        placement = self.placements.pop(frontend, None)
+        if placement is None:
+            return None
+        if placement.list is not None:
+            placement.list.uses.discard(Use(frontend, local=False))
+        if placement.local_list is not None:
+            placement.local_list.uses.discard(Use(frontend, local=True))
+        if placement.route.kind is Kind.CLUSTER_IP:
+            self._cluster_ips[frontend.address] -= 1
+        return placement
+
+    def _place(self, frontend: Frontend, route: Route, chosen: BackendList | None, local: BackendList | None) -> None:
+        self.placements[frontend] = Placement(
+            frontend,
+            route,
+            chosen,
+            local,
+            chosen.reference if chosen else None,
+            local.reference if local else None,
+        )
+        if chosen is not None:
+            chosen.uses.add(Use(frontend, local=False))
+        if local is not None:
+            local.uses.add(Use(frontend, local=True))
+        if route.kind is Kind.CLUSTER_IP:
+            self._cluster_ips[frontend.address] = self._cluster_ips.get(frontend.address, 0) + 1
+
+    def _exchange_cluster_ip(self, address: Address, count: int, batch: Batch) -> None:
+        now_count = self._cluster_ips.get(address, 0)
+        placed = cluster_ip_element(address)
+        if now_count and not count:
+            batch.add(placed)
+        elif count and not now_count:
+            batch.delete(placed.set, placed.element.key)
+        if not now_count:
+            self._cluster_ips.pop(address, None)
+
+    # --- lists -----------------------------------------------------------------------------------------------
+
+    def _find_lists(
+        self,
+        routes: Mapping[Frontend, Route],
+        before: Mapping[Frontend, Placement | None],
+        batch: Batch,
+        now: float,
+    ) -> dict[Use, BackendList]:
+        """A list for every use that the routes make of one.
+
+        A list of the very content is shared.  Else one that a use of this content had, and nobody has now, is
+        rewritten in place.  Else a new one is made.
+        """
+        wanted: dict[Content, list[Use]] = {}
+        for frontend, route in routes.items():
+            for local, backends in ((False, route.backends), (True, route.local_backends)):
+                if backends:
+                    content = Content(route.label, frontend.protocol, route.affinity, backends)
+                    wanted.setdefault(content, []).append(Use(frontend, local))
+        found: dict[Use, BackendList] = {}
+        claimed: set[int] = set()
+        rest: list[tuple[Content, list[Use]]] = []
+        for content, uses in wanted.items():
+            known = self._by_content.get(content)
+            if known is None:
+                rest.append((content, uses))
+            else:
+                claimed.add(known.number)
+                found.update(dict.fromkeys(uses, known))
+        for content, uses in rest:
+            for use in uses:
+                old = before[use.frontend]
+                each = (old.local_list if use.local else old.list) if old else None
+                if each and not each.uses and each.number not in claimed and _can_become(each, content):
+                    self._rewrite(each, content, batch, now)
+                    break
+            else:
+                each = self._new_list(content, batch)
+            claimed.add(each.number)
+            found.update(dict.fromkeys(uses, each))
+        return found
+
+    def _new_list(self, content: Content, batch: Batch) -> BackendList:
+        order = list(content.backends)
+        slots = {backend: slot for slot, backend in enumerate(order)} if content.affinity else None
+        each = BackendList(self._free_number(), content, order, slots)
+        self._lists[each.number] = each
+        self._by_content[content] = each
+        for placed in each.elements():
+            batch.add(placed)
+        return each
+
+    def _free_number(self) -> int:
+        number = self._last_number
+        while True:
+            number = number % MAX_LIST + 1
+            if number not in self._lists:
+                self._last_number = number
+                return number
+            if number == self._last_number:
+                raise OverflowError(f"more than {MAX_LIST} lists of backends")
+
+    def _rewrite(self, each: BackendList, content: Content, batch: Batch, now: float) -> None:
+        """Give a list another content in place, with the fewest elements."""
+        old = each.content
+        if self._by_content.get(old) is each:
+            del self._by_content[old]
+        self._by_content[content] = each
+        each.content = content
+        was = [each.index_element(index, backend) for index, backend in enumerate(each.order)]
+        if each.slots is not None:
+            self._rewrite_slots(each, old, content, batch)
+        order, live = _reorder(each.order, len(old.backends), content.backends)
+        each.order = order
+        batch.exchange(was, (each.index_element(index, backend) for index, backend in enumerate(order)))
+        if len(order) > live:
+            self._surplus[each.number] = now
+        else:
+            self._surplus.pop(each.number, None)
+
+    def _rewrite_slots(self, each: BackendList, old: Content, content: Content, batch: Batch) -> None:
+        assert each.slots is not None
+        for backend in [backend for backend in each.slots if backend not in content.backends]:
+            batch.delete(names.SLOTS, each.slot_element(backend).element.key)
+            del each.slots[backend]
+        for backend in content.backends - each.slots.keys():
+            each.slots[backend] = each.free_slot()
+            batch.add(each.slot_element(backend))
+        if old.affinity != content.affinity:
+            batch.exchange(
+                [affinity_element(each.number, old.affinity)], [affinity_element(each.number, content.affinity)]
+            )
+
+    def _retire(self, each: BackendList, now: float) -> None:
+        if self._by_content.get(each.content) is each:
+            del self._by_content[each.content]
+        self._retired[each.number] = now
+
+    def _collect_garbage(self, batch: Batch, now: float) -> None:
+        for set_name, key in self._leftovers:
+            batch.delete(set_name, key)
+        self._leftovers.clear()
+        for number in [number for number, since in self._retired.items() if now - since >= GRACE]:
+            del self._retired[number]
+            self._surplus.pop(number, None)
+            for placed in self._lists.pop(number).elements():
+                batch.delete(placed.set, placed.element.key)
+        for number in [number for number, since in self._surplus.items() if now - since >= GRACE]:
+            del self._surplus[number]
+            each = self._lists[number]
+            count = len(each.content.backends)
+            for index in range(count, len(each.order)):
+                batch.delete(*_key_of(each.index_element(index, each.order[index])))
+            del each.order[count:]
+
+
+def _key_of(placed: Placed) -> tuple[str, bytes]:
+    return placed.set, placed.element.key
+
+
+def _can_become(each: BackendList, content: Content) -> bool:
+    old = each.content
+    return each.sound and old.protocol is content.protocol and bool(old.affinity) == bool(content.affinity)
+
+
+def _reorder(order: list[Backend], live: int, wanted: frozenset[Backend]) -> tuple[list[Backend], int]:
+    """The new order of a list whose first `live` backends were its content, and how many of it are the content.
+
+    Backends that stay keep their index where they can; a new one takes the index of one that goes; holes are filled
+    from the end.  Behind the content, indexes that the kernel has stay, and point at backends that live.
+    """
+    present = set(order[:live]) & wanted
+    fresh = [backend for backend in wanted if backend not in present]
+    holes = [index for index in range(live) if order[index] not in wanted]
+    result = list(order)
+    while holes and fresh:
+        result[holes.pop(0)] = fresh.pop()
+    for index, backend in enumerate(fresh, live):
+        result[index : index + 1] = [backend]
+    count = len(wanted)
+    if holes:
+        movable = [index for index in range(count, live) if order[index] in wanted]
+        for hole, index in zip([hole for hole in holes if hole < count], movable, strict=True):
+            result[hole] = order[index]
+    stand_in = result[0]
+    for index in range(count, len(result)):
+        if result[index] not in wanted:
+            result[index] = stand_in
+    return result, count
