@@ -1,0 +1,239 @@
+"""Requests to an API server over HTTP/1.1: connections, TLS, credentials, and errors that say one line.
+
+Every failure that a request can have ends as one of three exceptions, so that the layers above know what it means
+without knowing aiohttp: `RefusedError` (the server answered, and not with 200), `UnreachableError` (there was no
+answer, or it broke off) and its special case `SilentError` (the connection stands and nothing comes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import ssl
+import urllib.parse
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Self
+
+import aiohttp
+
+from proxy.sources.credentials import Credentials, CredentialsError, Keyring
+from proxy.sources.wire import Status, decode_status
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds for a TCP connection to one address; a dead server must not hold up the next of its addresses."""
+
+READ_BUFFER = 1 << 18
+"""Bytes read ahead: a watch line of a large slice in one or two reads."""
+
+MOST_OF_A_REFUSAL = 1 << 16
+"""Bytes read of an answer that is no success."""
+
+
+class ApiError(Exception):
+    """A request failed; the message is one line."""
+
+    retry_after: float = 0.0
+    """Seconds that the server wants to be left alone."""
+
+
+class RefusedError(ApiError):
+    """The server answered with an error: an HTTP status, or an ERROR event in a watch."""
+
+    def __init__(self, status: Status, *, retry_after: float = 0.0) -> None:
+        text = status.message or status.reason or "no reason given"
+        super().__init__(f"{' '.join(text.split())[:300]} ({status.code})")
+        self.status = status
+        self.retry_after = retry_after or (status.details and status.details.retry_after_seconds) or 0.0
+
+
+class UnreachableError(ApiError):
+    """There was no answer, or it broke off, or it is none that an API server gives."""
+
+
+class SilentError(UnreachableError):
+    """The connection stands, and nothing has come for too long."""
+
+
+class Client:
+    """A client of one API server; an async context manager.
+
+    Several requests may run at a time, each on a connection of its own while it lasts.  A watch that runs goes on
+    with the credentials that it began with.
+    """
+
+    def __init__(self, keyring: Keyring, *, user_agent: str = "sluice") -> None:
+        self.keyring = keyring
+        self._user_agent = user_agent
+        self._session: aiohttp.ClientSession | None = None
+        self._tls: tuple[Credentials, ssl.SSLContext | None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+            headers={"User-Agent": self._user_agent, "Accept": "application/json"},
+            read_bufsize=READ_BUFFER,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def get(self, path: str, query: Mapping[str, str], *, patience: float) -> bytes:
+        """The body of an answer; `patience` is how many seconds may pass without a byte.
+
+        Raises:
+            RefusedError: the server says no.
+            UnreachableError: it says nothing, or not all of it.
+        """
+        chunks = self.stream(path, query, answer=patience, silence=lambda: patience)
+        async with contextlib.aclosing(chunks):
+            return b"".join([chunk async for chunk in chunks])
+
+    async def stream(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        *,
+        answer: float,
+        silence: Callable[[], float],
+    ) -> AsyncGenerator[bytes, None]:
+        """The body of an answer as it comes; an empty chunk first, when the server has accepted the request.
+
+        `answer` is how many seconds it may take to accept; `silence` is asked before each read how many that may take.
+        Close the generator to close the connection.
+
+        Raises:
+            RefusedError: the server says no.
+            UnreachableError: it says nothing, or the stream broke off.
+            SilentError: the connection stands, but nothing came within the time that `silence` gave.
+        """
+        try:
+            async with asyncio.timeout(answer):
+                response = await self._ask(path, query)
+        except (*FAILURES, CredentialsError) as error:
+            raise UnreachableError(_why(error)) from None
+        try:
+            yield b""
+            while chunk := await _read(response, silence()):
+                yield chunk
+        finally:
+            response.close()
+
+    async def _ask(self, path: str, query: Mapping[str, str]) -> aiohttp.ClientResponse:
+        """An answer of status 200, after a second try with other credentials where the first were refused."""
+        credentials = await self.keyring.current()
+        response = await self._send(credentials, path, query)
+        if response.status == 401:
+            fresh = await self.keyring.refused(credentials)
+            if fresh is not credentials:
+                response.close()
+                response = await self._send(fresh, path, query)
+        if response.status == 200:
+            return response
+        try:
+            body = await response.content.read(MOST_OF_A_REFUSAL)
+        finally:
+            response.close()
+        status = decode_status(body, response.status)
+        raise RefusedError(status, retry_after=_seconds(response.headers.get("Retry-After", "")))
+
+    async def _send(self, credentials: Credentials, path: str, query: Mapping[str, str]) -> aiohttp.ClientResponse:
+        if self._session is None:
+            raise RuntimeError("the client is not open")
+        headers = {"Authorization": credentials.authorization} if credentials.authorization else {}
+        proxy, for_proxy = _proxy(credentials.proxy_url)
+        context = self._context(credentials)
+        return await self._session.get(
+            credentials.server + path,
+            params=query,
+            # Of a request in the clear the proxy sees the headers; for TLS it gets a CONNECT with some of its own.
+            headers=headers if context else {**headers, **for_proxy},
+            ssl=context or True,
+            server_hostname=credentials.tls_server_name or None,
+            proxy=proxy,
+            proxy_headers=for_proxy if context else None,
+            # A redirect would carry the token to somebody else.
+            allow_redirects=False,
+        )
+
+    def _context(self, credentials: Credentials) -> ssl.SSLContext | None:
+        """TLS of the credentials, made once for each: connections are shared by context."""
+        if self._tls is None or not _same_tls(self._tls[0], credentials):
+            self._tls = credentials, credentials.ssl_context()
+        return self._tls[1]
+
+
+def _same_tls(one: Credentials, other: Credentials) -> bool:
+    fields = ("server", "ca", "certificate", "key", "insecure")
+    return all(getattr(one, field) == getattr(other, field) for field in fields)
+
+
+def _proxy(url: str) -> tuple[str | None, dict[str, str]]:
+    """A proxy without its user and password, and these as a header: the address may stand in an error message."""
+    if not url:
+        return None, {}
+    parts = urllib.parse.urlsplit(url)
+    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    if not parts.username:
+        return address, {}
+    login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+    return address, {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+
+
+def _seconds(retry_after: str) -> float:
+    """Retry-After in seconds; API servers give no dates, and a wrong header is no reason to wait long."""
+    return min(float(retry_after), 300.0) if retry_after.isascii() and retry_after.isdigit() else 0.0
+
+
+FAILURES = (aiohttp.ClientError, OSError, ValueError)
+"""What aiohttp raises: ValueError for what no header may hold; TimeoutError is an OSError."""
+
+
+async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes:
+    """The next bytes of a body, none at its end."""
+    try:
+        async with asyncio.timeout(silence):
+            return await response.content.readany()
+    except TimeoutError:
+        raise SilentError(f"nothing heard for {silence:g} s") from None
+    except FAILURES as error:
+        raise UnreachableError(_why(error)) from None
+
+
+def _why(error: Exception) -> str:
+    """One line, in the words of an operator."""
+    match error:
+        case CredentialsError():
+            text = str(error)
+        case aiohttp.ClientConnectorCertificateError(certificate_error=cause):
+            text = f"the server's certificate is not trusted: {getattr(cause, 'verify_message', '') or cause}"
+        case aiohttp.ClientConnectorError(host=host, port=port, os_error=cause):
+            text = f"cannot connect to {host}:{port}: {_system(cause)}"
+        case aiohttp.ClientHttpProxyError(status=status):
+            text = f"the HTTP proxy answered {status}"
+        case OSError() if not isinstance(error, (TimeoutError, aiohttp.ServerConnectionError)):
+            text = f"the connection broke: {_system(error)}"
+        case _:
+            text = next((words for kind, words in WORDS.items() if isinstance(error, kind)), type(error).__name__)
+    return text
+
+
+WORDS: Mapping[type[Exception], str] = {
+    aiohttp.ConnectionTimeoutError: "cannot connect: timed out",
+    TimeoutError: "no answer in time",
+    aiohttp.ServerDisconnectedError: "the server closed the connection",
+    aiohttp.ClientPayloadError: "the answer broke off",
+    aiohttp.InvalidURL: "the server's address is no URL",
+    aiohttp.ClientResponseError: "the answer is no HTTP",
+}
+
+
+def _system(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
