@@ -1,0 +1,202 @@
+"""The agent under test: a real process on node1, fed with manifests, and what the kernel there holds.
+
+`apply` returns once the kernel holds what was published.  It knows by a marker: a Service and a slice of the harness
+that stand in the same manifest file and whose port is the number of the publication.  When the marker's route, read
+back from the kernel, has the newest number, everything that was published with it has been applied.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from proxy.demo.world import World
+from proxy.modes import open_dataplane
+from rules.forwarding import Backend, Family, ForwardingTable, Frontend, parse_address
+from rules.forwarding import Protocol as Transport
+from tests.scenarios.schema import Manifest, merge
+
+DEADLINE = 20.0
+"""Seconds after which the agent counts as stuck; nothing waits that long unless something is broken."""
+
+_MARKER = {Family.IPV4: ("198.18.0.1", "198.18.0.2"), Family.IPV6: ("2001:db8:ffff::1", "2001:db8:ffff::2")}
+_NAMESPACE = "sluice-scenarios"
+
+
+class Feed(Protocol):
+    """How objects reach the agent."""
+
+    arguments: list[str]
+
+    def publish(self, objects: Iterable[Manifest]) -> None:
+        """These are all objects; the agent learns of all changes at once."""
+
+
+class ManifestFeed:
+    """A manifest directory with one file in it, replaced as a whole."""
+
+    def __init__(self, directory: Path) -> None:
+        self.arguments = ["--manifests", str(directory)]
+        self._file = directory / "objects.yaml"
+        directory.mkdir()
+
+    def publish(self, objects: Iterable[Manifest]) -> None:
+        new = self._file.with_name(".objects.new")
+        # JSON is YAML.
+        new.write_bytes(msgspec.json.encode({"apiVersion": "v1", "kind": "List", "items": list(objects)}))
+        new.replace(self._file)
+
+
+class Agent:
+    """`sluice run` on node1 of a world."""
+
+    def __init__(self, world: World, directory: Path, mode: str = "nftables", feed: Feed | None = None) -> None:
+        self.world = world
+        self.mode = mode
+        self.families = (Family.IPV4, Family.IPV6) if world.ipv6 else (Family.IPV4,)
+        self.log = directory / "agent.log"
+        self._directory = directory
+        self._feed: Feed = feed or ManifestFeed(directory / "manifests")
+        self._config: dict[str, Any] | None = None
+        self._process: subprocess.Popen[Any] | None = None
+        self._generation = 0
+
+    def configure(self, fragment: dict[str, Any]) -> None:
+        """Run with the standard configuration and a fragment merged into it; restart only if it is another."""
+        config = merge(_standard_config(self.mode), fragment)
+        if config != self._config or self._process is None or self._process.poll() is not None:
+            self.stop()
+            self._config = config
+            self.start()
+
+    def start(self) -> None:
+        """Start the agent with the configuration that it had."""
+        file = self._directory / "config.yaml"
+        file.write_bytes(msgspec.json.encode(self._config))
+        command = [sys.executable, "-m", "proxy", "run", "--config", str(file), *self._feed.arguments]
+        with self.log.open("ab") as log:
+            self._process = self.world.start("node1", command, stdout=log, stderr=subprocess.STDOUT)
+
+    def stop(self) -> None:
+        """Stop the agent, if it runs; the rules stay."""
+        if self._process is not None:
+            self._process.terminate()
+            code = self._process.wait(timeout=DEADLINE)
+            self._process = None
+            assert code in (0, -15), f"the agent ended with {code} on SIGTERM:\n{self.tail()}"
+
+    def publish(self, objects: Iterable[Manifest]) -> None:
+        """Hand objects to the agent, with the next marker, and don't wait."""
+        self._generation = self._generation % 65535 + 1
+        self._feed.publish([*objects, *_marker(self._generation, self.families)])
+
+    def apply(self, objects: Iterable[Manifest]) -> None:
+        """Hand objects to the agent and wait until the kernel holds them."""
+        self.publish(objects)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the kernel holds what was published last."""
+        for family in self.families:
+            address, backend = (parse_address(text) for text in _MARKER[family])
+            frontend = Frontend(address, Transport.TCP, self._generation)
+            wanted = frozenset({Backend(backend, self._generation)})
+
+            def marked(table: ForwardingTable | None, frontend: Frontend = frontend, wanted: Any = wanted) -> bool:
+                route = table.routes.get(frontend) if table else None
+                return route is not None and route.backends == wanted
+
+            self._until(family, marked, f"the kernel never got publication {self._generation}")
+
+    def expect_empty(self, objects: Iterable[Manifest]) -> None:
+        """Publish objects that are no Services, and wait until nothing of any Service is left.
+
+        Raises:
+            AssertionError: something is.
+        """
+        self._feed.publish(objects)
+
+        def empty(table: ForwardingTable | None) -> bool:
+            return table is not None and not (table.routes or table.hairpins or table.damage)
+
+        for family in self.families:
+            self._until(family, empty, "the table is not empty after everything was removed")
+
+    def read(self, family: Family) -> ForwardingTable | None:
+        """What node1's kernel holds."""
+
+        def inside() -> ForwardingTable | None:
+            dataplane = open_dataplane(self.mode, family)
+            try:
+                return dataplane.read()
+            finally:
+                dataplane.close()
+
+        return self.world.namespaces["node1"].inside(inside)
+
+    def tail(self) -> str:
+        """The end of the agent's log."""
+        return "\n".join(self.log.read_text().splitlines()[-30:]) if self.log.exists() else ""
+
+    def _until(self, family: Family, holds: Callable[[ForwardingTable | None], bool], what: str) -> None:
+        deadline = time.monotonic() + DEADLINE
+        pause = 0.002
+        while not holds(table := self.read(family)):
+            if self._process is None or self._process.poll() is not None:
+                what = f"the agent does not run; {what}"
+                deadline = 0.0
+            assert time.monotonic() < deadline, f"{family.label}: {what}\nkernel: {table}\nlog:\n{self.tail()}"
+            time.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+
+def _standard_config(mode: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": mode,
+        "hostnameOverride": "node1",
+        "clusterCIDR": "10.244.0.0/16,fd00:244::/32",
+        # Changes act at once (0s would mean the default), and the node's connection tracking limits stay as they are.
+        mode: {"minSyncPeriod": "1ms", "syncPeriod": "30s"},
+        "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+    }
+
+
+def _marker(generation: int, families: Iterable[Family]) -> list[Manifest]:
+    ips = [_MARKER[family][0] for family in families]
+    metadata = {"name": "marker", "namespace": _NAMESPACE}
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIP": ips[0],
+            "clusterIPs": ips,
+            "ipFamilies": [family.label for family in families],
+            "ports": [{"port": generation, "protocol": "TCP"}],
+        },
+    }
+    slices = [
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": f"marker-{family.label.lower()}",
+                "namespace": _NAMESPACE,
+                "labels": {"kubernetes.io/service-name": "marker"},
+            },
+            "addressType": family.label,
+            "endpoints": [{"addresses": [_MARKER[family][1]], "conditions": {"ready": True}}],
+            "ports": [{"name": "", "port": generation, "protocol": "TCP"}],
+        }
+        for family in families
+    ]
+    return [service, *slices]

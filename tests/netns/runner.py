@@ -1,0 +1,144 @@
+"""Runs a scenario against the agent in a world, and raises AssertionError with everything that was not as expected."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+
+from proxy.demo.probes import Outcome, Probe, Server
+from proxy.demo.world import World
+from tests.netns.agent import Agent
+from tests.netns.judge import first_round, judge, owner_of
+from tests.netns.scapy_probes import probe_sctp
+from tests.scenarios.schema import (
+    CLUSTER,
+    Answered,
+    Case,
+    Manifest,
+    Scenario,
+    Silent,
+    Step,
+    after,
+    cases,
+    key_of,
+    manifests,
+)
+
+ANSWER = 3.0
+"""Seconds in which an answer or a refusal must come: none is ever this late."""
+DROP = 0.7
+"""Seconds of silence that count as dropped: anything else comes within milliseconds."""
+
+
+def run(scenario: Scenario, agent: Agent) -> None:
+    """Apply the scenario's steps and probe after each; then remove everything and expect the table empty.
+
+    Raises:
+        AssertionError: a probe's outcome, or what is left in the end, is not as expected.
+    """
+    base = {key_of(each): each for each in (manifests(CLUSTER) if scenario.header.cluster else [])}
+    objects = base | {key_of(each): each for each in scenario.objects}
+    agent.configure(scenario.header.config)
+    try:
+        for number, step in enumerate(scenario.steps, start=1):
+            objects = after(objects, step)
+            if step.restart:
+                agent.stop()
+                agent.publish(objects.values())
+                agent.start()
+                agent.wait()
+            else:
+                agent.apply(objects.values())
+            wrong = probe_step(step, objects.values(), agent.world, agent.mode)
+            assert not wrong, _report(f"{scenario.name}, step {number} {step.about}".rstrip(), wrong, agent)
+    except BaseException:
+        agent.publish(base.values())
+        raise
+    finally:
+        agent.world.probes.shut()
+    agent.expect_empty(base.values())
+
+
+def probe_step(step: Step, objects: Iterable[Manifest], world: World, mode: str) -> list[str]:
+    """What is not as expected among the probes of a step, in the objects that it leads to."""
+    wanted = [case for group in step.probes for case in cases(group, mode)]
+    if not world.ipv6:
+        wanted = [case for case in wanted if ":" not in case.target.address]
+    world.probes.open([*backends(objects), *_owners(wanted)])
+    outcomes: dict[int, list[Outcome]] = {number: [] for number in range(len(wanted))}
+    wrong = []
+    due = {number: first_round(case) for number, case in enumerate(wanted)}
+    while due:
+        probes = [_probe(wanted[number], count) for number, count in due.items()]
+        for number, found in zip(due, _connect(world, probes), strict=True):
+            outcomes[number] += found
+        judgements = {number: judge(wanted[number], outcomes[number]) for number in due}
+        wrong += [judgement.wrong for judgement in judgements.values() if judgement.wrong]
+        due = {number: judgement.more for number, judgement in judgements.items() if judgement.more}
+    return wrong
+
+
+def _report(where: str, wrong: list[str], agent: Agent) -> str:
+    tables = [f"kernel: {agent.read(family)}" for family in agent.families]
+    return "\n".join([f"{where}:", *wrong, *tables, "log:", agent.tail()])
+
+
+def _connect(world: World, probes: list[Probe]) -> list[list[Outcome]]:
+    """Make all connections at once, SCTP's after the others'."""
+    plain = [probe for probe in probes if probe.protocol != "SCTP"]
+    found = iter(world.probes.probe(*plain) if plain else [])
+    return [probe_sctp(world, probe) if probe.protocol == "SCTP" else next(found) for probe in probes]
+
+
+def _probe(case: Case, count: int) -> Probe:
+    dropped = isinstance(case.expect, Silent) and case.expect.how == "dropped"
+    return Probe(
+        host=case.host,
+        address=case.target.address,
+        port=case.target.port,
+        protocol=case.target.protocol,
+        source=case.source,
+        source_port=case.source_port,
+        count=1 if case.source_port else count,
+        timeout=DROP if dropped else ANSWER,
+    )
+
+
+def backends(objects: Iterable[Manifest]) -> Iterator[Server]:
+    """Everything that slices and Endpoints name listens, ready or not: who must not be chosen could answer."""
+    for manifest in objects:
+        if manifest["kind"] == "EndpointSlice":
+            addresses = [address for each in manifest.get("endpoints") or () for address in each.get("addresses", ())]
+            groups = [(addresses, manifest.get("ports") or ())]
+        elif manifest["kind"] == "Endpoints":
+            groups = [
+                ([each["ip"] for each in subset.get("addresses") or ()], subset.get("ports") or ())
+                for subset in manifest.get("subsets") or ()
+            ]
+        else:
+            continue
+        for addresses, ports in groups:
+            for address in addresses:
+                for port in ports:
+                    protocol = port.get("protocol", "TCP")
+                    if protocol != "SCTP" and _is_address(address) and port.get("port"):
+                        yield Server(owner_of(address), protocol, "", port["port"])
+
+
+def _owners(wanted: Iterable[Case]) -> Iterator[Server]:
+    """Whoever owns an address listens where a packet must come through untouched."""
+    for case in wanted:
+        if isinstance(case.expect, Answered) or case.target.protocol == "SCTP":
+            continue
+        if case.expect.how == "untouched":
+            loopback = ipaddress.ip_address(case.target.address).is_loopback
+            host = case.host if loopback else owner_of(case.target.address)
+            yield Server(host, case.target.protocol, "", case.target.port)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,32 @@
+"""Every scenario of tests/scenarios against the real agent and real packets."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.netns.agent import Agent
+from tests.netns.runner import run
+from tests.scenarios.schema import Scenario, files, in_order, load
+
+
+def load_each() -> list[tuple[str, Scenario | ValueError]]:
+    """Every file's scenario by name, or what is wrong with the file: one bad file is one failure."""
+    found = []
+    wrong: list[tuple[str, Scenario | ValueError]] = []
+    for path in files():
+        try:
+            found.append(load(path))
+        except ValueError as error:
+            wrong.append((path.stem, error))
+    return wrong + [(scenario.name, scenario) for scenario in in_order(found)]
+
+
+@pytest.mark.parametrize("scenario", [pytest.param(scenario, id=name) for name, scenario in load_each()])
+def test_scenario(scenario: Scenario | ValueError, agent: Agent) -> None:
+    if isinstance(scenario, ValueError):
+        raise scenario
+    if scenario.header.only_modes and agent.mode not in scenario.header.only_modes:
+        pytest.skip(f"the situation exists in mode {' or '.join(scenario.header.only_modes)} only")
+    if "IPv4" not in scenario.header.families and not agent.world.ipv6:
+        pytest.skip("the kernel is without IPv6")
+    run(scenario, agent)
