@@ -1,0 +1,65 @@
+# Two commands do everything on a fresh Debian machine with root: `make demo` and `make test`.
+# Everything that is installed goes into .venv, at the versions and hashes of requirements*.lock, or comes from apt.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
+# Four workers on two cores: most of a scenario's time is waiting for packets that are dropped on purpose.
+WORKERS ?= 4
+
+.PHONY: help install demo test check format bench lock clean
+
+help:                ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(VENV)/bin/python:
+	@if ! $(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "==> python3 with venv, from apt"; $(APT) update; $(APT) install -y --no-install-recommends python3 python3-venv >/dev/null; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sluice needs Python 3.11 or newer; this is $$($(PYTHON) --version)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "==> the packages that sluice runs with, into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes --only-binary :all: -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	@echo "==> the tools of tests and checks, into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# Programs that the tests compare with: nft (listing and loading our rules), openssl (certificates of the stand-in API server).
+$(VENV)/.installed-programs: | $(VENV)/bin/python
+	@missing=; command -v nft >/dev/null || missing="$$missing nftables"; command -v openssl >/dev/null || missing="$$missing openssl"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	if [ -n "$$missing" ]; then echo "==> from apt:$$missing"; $(APT) update; $(APT) install -y --no-install-recommends $$missing >/dev/null; fi
+	@touch $@
+
+install: $(VENV)/.installed  ## sluice and what it runs with, into .venv: then .venv/bin/sluice works
+
+demo: $(VENV)/.installed  ## a cluster in network namespaces, with real packets
+	@$(BIN)/sluice demo
+
+test: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## unit tests, and scenarios on real packets (root)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+check: $(VENV)/.installed-dev  ## style, types, and who imports whom
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## let ruff lay out the code
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+lock: $(VENV)/.installed-dev  ## new versions into requirements*.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --extra build -o requirements.lock pyproject.toml
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --extra build --extra test --extra check -c requirements.lock -o requirements-dev.lock pyproject.toml
+
+clean:               ## remove .venv and caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
