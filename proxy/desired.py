@@ -136,13 +136,19 @@ class Desired:
         problems: list[str] = []
         for family, assembler in self._assemblers.items():
             aside = self._aside[family]
-            aside.pop(key, None)
             if service is None:
+                aside.pop(key, None)
                 assembler.update(key, precedence_of(Metadata()), None)
                 continue
-            outcome = compute(service, self._state.slices_of(key), self._view, family)
+            try:
+                outcome = compute(service, self._state.slices_of(key), self._view, family)
+            except Exception as error:  # noqa: BLE001  # one object must not stop the others (DESIGN 4.4)
+                problems.append(f"internal error, its {family.label} rules stay as they were: {error!r}")
+                continue
             assembler.update(key, precedence_of(service.metadata), outcome)
             problems += (problem for problem in outcome.problems if problem not in problems)
             if outcome.health_check or outcome.no_local_internal or outcome.no_local_external:
                 aside[key] = outcome
+            else:
+                aside.pop(key, None)
         self._state.trouble("compute", f"Service {key}", "; ".join(problems) or None)

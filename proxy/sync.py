@@ -97,11 +97,15 @@ class FamilySync:
                 applied = await asyncio.to_thread(self._dataplane.apply, delta)
             else:
                 applied = await asyncio.to_thread(self._dataplane.sync, self._desired.table(self.family))
-        except DataplaneError as error:
+        except Exception as error:  # noqa: BLE001  # see below
             self._known = False
             seconds = self._clock() - start
             self._observer.failed(self.family, seconds)
-            _log.error("sync failed", family=self.family.label, seconds=round(seconds, 4), error=str(error))
+            # An error of our own making must not end the agent either: the node would lose its next changes too.
+            trace = None if isinstance(error, DataplaneError) else error
+            _log.error(
+                "sync failed", family=self.family.label, seconds=round(seconds, 4), error=str(error), exc_info=trace
+            )
             return False
         seconds = self._clock() - start
         self._observer.succeeded(self.family, seconds, applied)

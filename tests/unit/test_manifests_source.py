@@ -48,7 +48,7 @@ class Recorder:
         del self.objects[resource][key]
         self.calls.append(("delete", resource, key))
 
-    def plausible(self, resource, keys, now):  # noqa: ARG002  # the sink's clock is the test
+    def plausible(self, resource, keys, now):  # the sink's clock is the test
         assert resource is Resource.SERVICES
         missing = len(self.objects[resource].keys() - set(keys))
         self.doubts += not self.believe and missing > 0

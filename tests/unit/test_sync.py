@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import pytest
+
+from proxy import desired
+from proxy.compute import Outcome
 from proxy.config.settings import Settings
 from proxy.desired import Desired
-from proxy.objects import Key
+from proxy.objects import Key, Service
 from proxy.runner import Periods
 from proxy.sources.base import Resource
 from proxy.state import State
@@ -92,7 +97,8 @@ class Rig:
 
     def labels(self) -> set[str]:
         """Whose routes the kernel holds."""
-        assert self.kernel.held is not None
+        if self.kernel.held is None:
+            return set()
         return {route.label for route in self.kernel.held.routes.values()}
 
     def wanted(self) -> bool:
@@ -214,5 +220,41 @@ def test_an_address_of_the_node_that_comes_computes_every_Service_and_writes_the
         await until(lambda: rig.reports.seen.count("succeeded") == 2)
         assert rig.wanted()
         assert rig.kernel.calls == ["sync"], "no route depends on that address"
+
+    running(scenario)
+
+
+def test_a_Service_that_cannot_be_computed_keeps_its_rules_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = desired.compute
+
+    def fragile(each: Service, *arguments: Any) -> Outcome:
+        if each.metadata.labels:
+            raise ZeroDivisionError("a bug")
+        return compute(each, *arguments)
+
+    monkeypatch.setattr(desired, "compute", fragile)
+
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web", "shop")
+        await until(lambda: rig.labels() == {"ns/web", "ns/shop"})
+        rig.state.set(Resource.SERVICES, service("web", labels={"break": "it"}, cluster_ip="172.30.0.9"))
+        rig.state.delete(Resource.SERVICES, Key("ns", "shop"))
+        await until(lambda: rig.labels() == {"ns/web"})
+        assert "a bug" in rig.state.troubles["compute", "Service ns/web"]
+
+    running(scenario)
+
+
+def test_an_error_of_our_own_making_is_a_failed_sync_and_not_the_end() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+
+        def broken(_: Delta) -> Applied:
+            raise ZeroDivisionError("a bug")
+
+        rig.kernel.apply = broken  # type: ignore[method-assign]
+        rig.state.delete(Resource.SERVICES, Key("ns", "web"))
+        await until(lambda: rig.kernel.calls == ["sync", "sync"] and rig.wanted())
 
     running(scenario)
