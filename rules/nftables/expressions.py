@@ -71,7 +71,7 @@ ICMP6_PORT_UNREACHABLE = 4
 
 NUMBER_RANDOM = 1
 JENKINS = 0
-UPDATE = 1
+UPDATE, DELETE = 1, 2
 INVERSE = 1
 
 DROP = 0
@@ -204,7 +204,7 @@ class Hash(msgspec.Struct, frozen=True, gc=False):
 
 
 class DynamicSet(msgspec.Struct, frozen=True, gc=False):
-    """Write an element of a map from the packet path; `timeout` in milliseconds."""
+    """Write or delete an element of a map from the packet path; `timeout` in milliseconds, 0: the map's own."""
 
     set: str
     operation: int

@@ -88,6 +88,7 @@ from rules.nftables.expressions import (
     CT_ESTABLISHED,
     CT_RELATED,
     CT_STATE,
+    DELETE,
     DROP,
     EQUAL,
     FIB_DESTINATION,
@@ -258,6 +259,13 @@ def _sticky_chains(header: Header, timeouts: Iterable[int]) -> tuple[ChainSpec, 
             (*to_scratch(SCRATCH, *header.client_hash(wide), mapping=names.STICKY), jump(TO_SLOT)),
             # A remembered slot that is gone falls through; its list is still right.
             CLEAR_SLOT,
+            # It has to be forgotten first: the kernel's `update` leaves the data of a key that exists as it is.
+            (
+                SCRATCH,
+                *header.client_hash(SECOND_WIDE),
+                Meta(SECOND_WIDE, META_PRIORITY),
+                DynamicSet(names.STICKY, DELETE, FIRST, SECOND_WIDE, 0),
+            ),
         ),
         chain(TO_SLOT, *((*is_protocol(protocol), SCRATCH, *slot) for protocol in Protocol)),
         chain(REMEMBER, *(remember(timeout) for timeout in timeouts)),

@@ -165,6 +165,7 @@ CHAINS = """
   chain sticky-read {{
     meta priority set meta priority . jhash {ip} saddr mod 4294967295 seed 0x5bd1e995 map @sticky jump to-slot
     meta priority set meta priority and ffff:e000
+    delete @sticky {{ meta priority . jhash {ip} saddr mod 4294967295 seed 0x5bd1e995 : meta priority }}
   }}
   chain to-slot {{
     meta l4proto tcp dnat {ip} to meta priority map @slots
