@@ -48,17 +48,19 @@ def main(settings: Settings, filename: str, format_: Format) -> int:
     return 0
 
 
-def render(loaded: Loaded, settings: Settings, hostname: str) -> Rendered:
+def render(loaded: Loaded, settings: Settings, hostname: str, *, interfaces: Interfaces | None = None) -> Rendered:
     """The tables of both families for loaded manifests.
 
     The node is the one that the settings name, else the one with this machine's name, else the only one there is.
+    `interfaces` are its own; None: it has the addresses that its Node object says.
 
     Raises:
         ValueError: the node's name is empty (NOD-1).
     """
     problems = [str(problem) for problem in loaded.problems]
-    name, node = _node(loaded.nodes, settings.hostname_override, hostname, problems)
-    interfaces: Interfaces = {"node": tuple(_node_addresses(node))}
+    name, node = choose_node(loaded.nodes, settings.hostname_override, hostname, problems)
+    if interfaces is None:
+        interfaces = {"node": tuple(node_addresses(node))}
     view = view_of(settings, name, node, interfaces, standalone=node is None)
     facts = node_facts(settings, node, interfaces, loaded.service_cidrs, standalone=node is None)
     slices: dict[Key, list[EndpointSlice]] = defaultdict(list)
@@ -80,7 +82,7 @@ def render(loaded: Loaded, settings: Settings, hostname: str) -> Rendered:
     return Rendered(tuple(tables), tuple(dict.fromkeys(problems)))
 
 
-def _node(nodes: Sequence[Node], override: str, hostname: str, problems: list[str]) -> tuple[str, Node | None]:
+def choose_node(nodes: Sequence[Node], override: str, hostname: str, problems: list[str]) -> tuple[str, Node | None]:
     """The node to compute for: its name, and its object where there is one."""
     name = normal_node_name(override, hostname)
     by_name = {node.metadata.name: node for node in nodes}
@@ -93,7 +95,8 @@ def _node(nodes: Sequence[Node], override: str, hostname: str, problems: list[st
     return name, None
 
 
-def _node_addresses(node: Node | None) -> Iterator[Address]:
+def node_addresses(node: Node | None) -> Iterator[Address]:
+    """The addresses that a Node says it has."""
     for each in node.status.addresses if node is not None else ():
         try:
             yield lenient_address(each.address)

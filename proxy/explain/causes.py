@@ -1,0 +1,248 @@
+"""Why a connection does not work, as far as anybody can tell from here, and what to look at next.  Pure.
+
+Three things can keep a client from its Service: the rules (the objects say why they are so), the rest of the node
+(forwarding, other firewalls, a full conntrack table), and what lies beyond both, of which nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from proxy.compute import Decision
+from proxy.explain.evidence import Cluster, Evidence
+from proxy.explain.surroundings import Surroundings
+from proxy.objects import Key, Service
+from proxy.selection import Reason
+from rules.explanation import Explanation, Origin, Reaches, StepKind, Why
+from rules.forwarding import Family, ForwardingTable, Kind, family_of, format_address, format_host
+from rules.node_ports import node_port_words
+
+NEARLY_FULL = 0.95
+"""The part of the conntrack table from which it is worth a word."""
+
+
+class Cause(msgspec.Struct, frozen=True, kw_only=True):
+    """One likely cause."""
+
+    kind: str
+    """What it is, for programs: `no-slices`, `ip-forward` and so on."""
+    words: str
+    next: str = ""
+    """The command to go on with."""
+    certain: bool = False
+    """Whether it alone keeps the connection from working, whatever the rules say."""
+
+
+def causes_of(
+    explanation: Explanation, evidence: Evidence, service: Service | None, decisions: Sequence[Decision]
+) -> tuple[Cause, ...]:
+    """What stands, or may stand, in the way of a connection.
+
+    `service` is that of the frontend, where objects are known, and `decisions` are those about its endpoints.
+    """
+    found = [*_of_the_rules(explanation, evidence, service, decisions)]
+    if evidence.surroundings is not None:
+        found += _of_the_node(explanation, evidence.surroundings)
+    return tuple(found)
+
+
+def key_of_label(label: str) -> Key | None:
+    """The Service that a route's label names."""
+    namespace, slash, rest = label.partition("/")
+    return Key(namespace, rest.partition(":")[0]) if slash else None
+
+
+# --- the rules -------------------------------------------------------------------------------------------------
+
+
+def _of_the_rules(
+    explanation: Explanation, evidence: Evidence, service: Service | None, decisions: Sequence[Decision]
+) -> Iterator[Cause]:
+    outcome = explanation.outcome
+    if isinstance(outcome, Reaches):
+        return
+    packet, route = explanation.packet, explanation.route
+    family = family_of(packet.destination)
+    table = evidence.tables.get(family)
+    key = key_of_label(route.label) if route is not None else None
+    match outcome.why:
+        case Why.SOURCE_RANGES:
+            source = format_address(packet.source) if packet.source else "the client"
+            words = f"{source} is not in the Service's loadBalancerSourceRanges"
+            yield Cause(
+                kind="source-ranges", words=words, next=_get(key, "service", "{.spec.loadBalancerSourceRanges}")
+            )
+        case Why.NO_ENDPOINTS | Why.NO_LOCAL_ENDPOINTS:
+            if service is None or evidence.cluster is None:
+                words = "no endpoint can serve; the rules alone do not say why"
+                yield Cause(kind="no-endpoints", words=words, next=_slices(key))
+            elif outcome.why is Why.NO_ENDPOINTS:
+                yield _no_endpoints(explanation, evidence.cluster, service, decisions)
+            else:
+                yield _none_here(explanation, evidence.cluster, service, decisions)
+        case Why.NODE_PORT_ADDRESS:
+            yield from _uncovered(explanation, table)
+        case Why.CLOSED_PORT:
+            yield _closed(explanation)
+        case Why.LOOPBACK:
+            words = "loopback addresses are reached from the node itself only"
+            yield Cause(kind="loopback", words=words, next="")
+        case Why.UNALLOCATED | Why.NO_FRONTEND:
+            yield _unknown(explanation, evidence, table)
+
+
+def _closed(explanation: Explanation) -> Cause:
+    steps = (step for step in explanation.steps if step.kind is StepKind.NEAR_MISS)
+    near = next((step.frontend for step in steps if step.frontend is not None), None)
+    words = "the port is none of the Service's (a Service has its own ports, not those of its pods)"
+    if near is not None and near.port == explanation.packet.port:
+        words = f"the Service has this port for {near.protocol.name} only"
+    return Cause(kind="closed-port", words=words, next=f"sluice explain {near}" if near is not None else "")
+
+
+def _no_endpoints(explanation: Explanation, cluster: Cluster, service: Service, decisions: Sequence[Decision]) -> Cause:
+    """Why no endpoint can serve a port of a Service."""
+    assert explanation.route is not None
+    family = family_of(explanation.packet.destination)
+    selector = ",".join(f"{name}={value}" for name, value in sorted(service.spec.selector.items()))
+    pods = f"kubectl -n {service.key.namespace} get pods -l '{selector}' -o wide" if selector else _slices(service.key)
+    slices = cluster.slices.get(service.key, ())
+    if not slices:
+        if not selector:
+            words = "the Service has no selector, and nobody has made EndpointSlices for it"
+            return Cause(kind="no-slices", words=words, next=_slices(service.key))
+        words = f"no EndpointSlice names the Service: no pod matches its selector {selector}, or its controller is late"
+        return Cause(kind="no-slices", words=words, next=pods)
+    if all(each.address_type != family.label for each in slices):
+        types = ", ".join(sorted({each.address_type or "no type" for each in slices}))
+        words = f"the Service's EndpointSlices are of {types}, and none of {family.label}"
+        return Cause(kind="no-slices-of-family", words=words, next=_slices(service.key))
+    if not any(each.endpoints for each in slices):
+        matches = f": no pod matches its selector {selector}" if selector else ""
+        return Cause(kind="empty-slices", words=f"the Service's EndpointSlices are empty{matches}", next=pods)
+    name = explanation.route.label.partition(":")[2]
+    protocol = explanation.packet.protocol.name
+    ours = [each for each in decisions if each.port == f"{explanation.route.label}/{protocol}"]
+    if not ours:
+        has = sorted({f"{port.name!r}/{port.protocol}" for each in slices for port in each.ports})
+        others = ", ".join(has) or "none"
+        why = "the Service's targetPort is a name that no container of its pods has"
+        if not selector:
+            why = "a slice's port has the same name as the Service's"
+        words = f"no EndpointSlice has a port {name!r} of {protocol} (they have {others}): {why}"
+        next_ = f"kubectl -n {service.key.namespace} describe service {service.key.name}"
+        return Cause(kind="no-such-port", words=words, next=next_)
+    return Cause(kind="none-ready", words=f"no endpoint can serve: {_tally(ours)}", next=pods)
+
+
+def _none_here(explanation: Explanation, cluster: Cluster, service: Service, decisions: Sequence[Decision]) -> Cause:
+    """Why a traffic policy admits no endpoint on this node."""
+    assert explanation.route is not None
+    internal = explanation.route.kind is Kind.CLUSTER_IP
+    field = f"{'internal' if internal else 'external'}TrafficPolicy"
+    label = f"{explanation.route.label}/{explanation.packet.protocol.name}"
+    ours = [each for each in decisions if each.port == label]
+    usable = [each for each in ours if each.local is Reason.NOT_LOCAL and each.cluster in (Reason.USED, None)]
+    here = [each for each in ours if each.node == cluster.view.node_name]
+    nodes = ", ".join(sorted({each.node or "no node" for each in usable})) or "no node"
+    if here:
+        words = f"{field} is Local, and of the endpoints on this node none can serve: {_tally(here)}"
+    else:
+        words = f"{field} is Local, and no endpoint is on {cluster.view.node_name}: they are on {nodes}"
+    return Cause(kind="policy-local", words=words, next=_slices(service.key))
+
+
+def _uncovered(explanation: Explanation, table: ForwardingTable | None) -> Iterator[Cause]:
+    packet = explanation.packet
+    if table is None:
+        return
+    words = f"the address answers no node ports: {node_port_words(table.node)} (--nodeport-addresses)"
+    addresses = sorted(table.node.node_port_addresses or ())
+    port = f"{packet.port}/{packet.protocol.name}"
+    next_ = f"sluice explain {format_host(addresses[0])}:{port}" if addresses else ""
+    yield Cause(kind="node-port-address", words=words, next=next_)
+
+
+def _unknown(explanation: Explanation, evidence: Evidence, table: ForwardingTable | None) -> Cause:
+    address = format_address(explanation.packet.destination)
+    if evidence.source == "kernel" and (table is None or not table.routes):
+        words = "the kernel holds no Service of ours: the agent has not run here, or has not synced yet"
+        return Cause(kind="no-rules", words=words, next="sluice status")
+    packet = explanation.packet
+    if packet.destination in evidence.local_addresses:
+        words = f"no Service has the node port {packet.port}/{packet.protocol.name}"
+        return Cause(kind="no-node-port", words=words, next=f"kubectl get services -A | grep -Fw {packet.port}")
+    words = f"no Service has the address {address}: it was deleted, or the client uses an old name"
+    return Cause(kind="no-service", words=words, next=f"kubectl get services -A -o wide | grep -Fw {address}")
+
+
+def _tally(decisions: Sequence[Decision]) -> str:
+    """`2 of 3: it is not ready, 1 of 3: it terminates and no longer serves`."""
+    counts = Counter(each.cluster if each.cluster not in (None, Reason.USED) else each.local for each in decisions)
+    return ", ".join(
+        f"{count} of {len(decisions)}: {reason.text}" for reason, count in counts.most_common() if reason is not None
+    )
+
+
+def _slices(key: Key | None) -> str:
+    if key is None:
+        return ""
+    return f"kubectl -n {key.namespace} get endpointslices -l kubernetes.io/service-name={key.name} -o yaml"
+
+
+def _get(key: Key | None, kind: str, path: str) -> str:
+    return f"kubectl -n {key.namespace} get {kind} {key.name} -o jsonpath='{path}'" if key is not None else ""
+
+
+# --- the node ----------------------------------------------------------------------------------------------------
+
+
+def _of_the_node(explanation: Explanation, node: Surroundings) -> Iterator[Cause]:
+    packet, outcome = explanation.packet, explanation.outcome
+    family = family_of(packet.destination)
+    if proxies := node.other_proxies:
+        words = f"another service proxy has rules here ({', '.join(proxies)}), which may come first"
+        yield Cause(kind="other-proxy", words=words, next="kube-proxy --cleanup")
+    if node.conntrack is not None:
+        tracked, most = node.conntrack
+        if tracked >= most * NEARLY_FULL:
+            words = f"the conntrack table holds {tracked} of {most} connections: when it is full, new ones are dropped"
+            next_ = "sysctl net.netfilter.nf_conntrack_max"
+            yield Cause(kind="conntrack-full", words=words, next=next_, certain=tracked >= most)
+    if not isinstance(outcome, Reaches):
+        return
+    if packet.destination[:1] == b"\x7f" and len(packet.destination) == 4 and node.route_localnet is False:
+        words = "net.ipv4.conf.all.route_localnet is 0, so what goes to loopback never leaves it"
+        next_ = "sysctl -w net.ipv4.conf.all.route_localnet=1"
+        yield Cause(kind="route-localnet", words=words, next=next_, certain=True)
+    away = [share.backend for share in outcome.shares if share.backend.address not in node.addresses]
+    if explanation.origin is Origin.NODE or not away:
+        return
+    yield from _of_forwarding(family, node, every=len(away) == len(outcome.shares))
+
+
+def _of_forwarding(family: Family, node: Surroundings, *, every: bool) -> Iterator[Cause]:
+    """What may stop a packet that passes through; `every`: whichever backend it gets."""
+    if node.forwarding.get(family) is False:
+        name = "net.ipv4.ip_forward" if family is Family.IPV4 else "net.ipv6.conf.all.forwarding"
+        words = f"{name} is 0: the node does not forward packets to its pods or to other nodes"
+        yield Cause(kind="ip-forward", words=words, next=f"sysctl -w {name}=1", certain=every)
+    kinds = ("inet", "ip") if family is Family.IPV4 else ("inet", "ip6")
+    for chain in node.forward_drops:
+        if chain.family in kinds:
+            words = (
+                f"the chain {chain} drops what is forwarded unless a rule of it accepts it (Docker, ufw and firewalld "
+                "make such chains)"
+            )
+            yield Cause(kind="forward-drop", words=words, next=f"nft list chain {chain}")
+    if "filter" in node.legacy_tables:
+        program = "iptables-legacy" if family is Family.IPV4 else "ip6tables-legacy"
+        words = "legacy iptables has a filter table, which cannot be read from here: its FORWARD policy may be DROP"
+        yield Cause(kind="legacy-forward", words=words, next=f"{program} -S FORWARD")
+    if family is Family.IPV4 and node.strict_rp_filter:
+        shown = ", ".join(node.strict_rp_filter[:4]) + (", ..." if len(node.strict_rp_filter) > 4 else "")
+        words = f"rp_filter is strict on {shown}: what comes in by another interface than answers leave by is dropped"
+        yield Cause(kind="rp-filter", words=words, next="sysctl -a -r 'ipv4.conf..*.rp_filter'")

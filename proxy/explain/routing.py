@@ -1,0 +1,76 @@
+"""The node's addresses, and where packets leave it: two questions to rtnetlink, in the calling thread's namespace.
+
+By a plain socket, as pyroute2 costs a short-lived command more time than all of its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rules.forwarding import Address, family_of
+from rules.netlink.attributes import DUMP, REQUEST, U32, DecodeError, attribute, attributes, message, messages
+
+_DONE, _ERROR = 3, 2
+_NEW_ADDRESS, _GET_ADDRESS = 20, 22
+_NEW_ROUTE, _GET_ROUTE = 24, 26
+_ADDRESS_HEADER = struct.Struct("=BBBBI")
+_ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_DESTINATION, _RTA_INTERFACE, _RTA_SOURCE = 1, 4, 7
+_SECONDS = 5.0
+_RECEIVE = 1 << 16
+
+
+class Way(NamedTuple):
+    """Where packets to an address leave the node."""
+
+    interface: str
+    source: Address | None
+    """The address of the node that they have unless they say otherwise."""
+
+
+def own_addresses() -> list[Address]:
+    """The addresses of all interfaces, in the kernel's order; none where they cannot be read."""
+    found = []
+    for payload in _ask(_GET_ADDRESS, DUMP, _ADDRESS_HEADER.pack(0, 0, 0, 0, 0), _NEW_ADDRESS):
+        values = attributes(payload[_ADDRESS_HEADER.size :])
+        # A point-to-point address has its own end in IFA_LOCAL.
+        address = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS, b"")
+        if len(address) in (4, 16):
+            found.append(address)
+    return found
+
+
+def way_to(address: Address) -> Way | None:
+    """Where packets to an address leave the node; None: there is no route, or nobody could say."""
+    header = _ROUTE_HEADER.pack(family_of(address).af, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
+    for payload in _ask(_GET_ROUTE, 0, header + attribute(_RTA_DESTINATION, address), _NEW_ROUTE):
+        values = attributes(payload[_ROUTE_HEADER.size :])
+        name = ""
+        with contextlib.suppress(OSError, struct.error):
+            name = socket.if_indextoname(U32.unpack(values.get(_RTA_INTERFACE, b""))[0])
+        return Way(name, values.get(_RTA_SOURCE))
+    return None
+
+
+def _ask(kind: int, flags: int, payload: bytes, answer: int) -> Iterator[bytes]:
+    """The payloads of the answers of a kind, up to the end or the first thing that is wrong."""
+    with (
+        contextlib.suppress(OSError, DecodeError),
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink,
+    ):
+        netlink.settimeout(_SECONDS)
+        netlink.bind((0, 0))
+        netlink.sendto(message(kind, REQUEST | flags, payload), (0, 0))
+        while True:
+            for each in messages(netlink.recv(_RECEIVE)):
+                if each.kind in (_DONE, _ERROR):
+                    return
+                if each.kind == answer:
+                    yield each.payload
+            if not flags & DUMP:
+                return

@@ -1,0 +1,130 @@
+"""Answers in words, for people.
+
+The steps are for a newcomer; the clause of the behaviour document at the end of a line is for experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from proxy.explain.answer import Answer, Answers, Unused
+from proxy.explain.causes import Cause
+from rules.explanation import Explanation, Reaches, Share, Untouched, verdict
+from rules.forwarding import Kind, format_address
+
+WIDTH = 104
+"""Where clauses stand, unless the words are longer."""
+MOST_ENDPOINTS = 20
+"""How many endpoints are shown of each sort; JSON has all."""
+
+_KINDS = {
+    Kind.CLUSTER_IP: "ClusterIP",
+    Kind.EXTERNAL_IP: "external IP",
+    Kind.LOAD_BALANCER: "load balancer",
+    Kind.NODE_PORT: "node port",
+}
+
+
+def lines(answers: Answers) -> Iterator[str]:
+    """Everything, line by line."""
+    yield f"According to {answers.evidence.words}:"
+    for answer in answers.answers:
+        yield ""
+        yield from _answer(answer)
+    for missing in answers.missing:
+        yield ""
+        yield f"{missing}."
+
+
+def _answer(answer: Answer) -> Iterator[str]:
+    explanation = answer.explanation
+    yield f"{_heading(answer)}, from {_client(explanation)}"
+    if answer.disagreements:
+        yield "  What the kernel holds is NOT what is wanted here:"
+        yield from (f"    ! {each}" for each in answer.disagreements)
+    for number, step in enumerate(explanation.steps, 1):
+        yield _with_clause(f"  {number:>2}. {step.words[:1].upper()}{step.words[1:]}", step.clause)
+    outcome = explanation.outcome
+    if isinstance(outcome, Reaches):
+        yield "  Backends:"
+        yield from _capped([_share(share, answer) for share in outcome.shares])
+    if answer.unused:
+        yield "  Endpoints that are not used:"
+        yield from _capped([_unused(each) for each in answer.unused])
+    yield f"  {_conclusion(answer)}"
+    for other in answer.others:
+        yield f"    From {_other_client(other)}, a connection {verdict(other.outcome)}."
+    yield from _causes(answer)
+
+
+def _heading(answer: Answer) -> str:
+    route = answer.explanation.route
+    kind = f" ({_KINDS[route.kind]})" if route is not None else ""
+    return f"{answer.label}  {answer.asked}{kind}".lstrip()
+
+
+def _client(explanation: Explanation) -> str:
+    packet = explanation.packet
+    if packet.source is None:
+        return (packet.origin or explanation.origin).words
+    by = f" by {packet.interface}" if packet.interface else ""
+    return f"{format_address(packet.source)}{by} ({explanation.origin.words})"
+
+
+def _other_client(explanation: Explanation) -> str:
+    packet, route = explanation.packet, explanation.route
+    who = (packet.origin or explanation.origin).words
+    among = isinstance(explanation.outcome, Reaches) and packet.source is None and route is not None
+    return f"{who} in the source ranges" if among and route is not None and route.source_ranges else who
+
+
+def _with_clause(words: str, clause: str) -> str:
+    return f"{words:<{WIDTH}}  [{clause}]"
+
+
+def _share(share: Share, answer: Answer) -> str:
+    node = answer.nodes.get(str(share.backend), "")
+    where = f"  on {node}" if node else ""
+    source = "masqueraded" if share.masqueraded else "source kept"
+    return f"    {_percent(share.probability):>6}  {share.backend}{where}  {source}"
+
+
+def _percent(probability: float) -> str:
+    return f"{round(probability * 100, 1):g} %"
+
+
+def _unused(each: Unused) -> str:
+    where = f"  on {each.node}" if each.node else ""
+    return _with_clause(f"            {each.endpoint}{where}  {each.words}", each.clause)
+
+
+def _conclusion(answer: Answer) -> str:
+    outcome = answer.explanation.outcome
+    ended = f"the connection {verdict(outcome)}."
+    if answer.works:
+        return f"It works: {ended}"
+    if isinstance(outcome, Untouched):
+        return f"Nothing is done for it here: {ended}"
+    if isinstance(outcome, Reaches):
+        return f"It does not work, although by the rules {ended}"
+    return f"It does not work: {ended}"
+
+
+def _causes(answer: Answer) -> Iterator[str]:
+    if not answer.causes:
+        return
+    yield "  If it fails all the same:" if answer.works else "  Likely causes, and what to do next:"
+    for cause in _by_certainty(answer.causes):
+        yield f"    - {cause.words}"
+        if cause.next:
+            yield f"        {cause.next}"
+
+
+def _by_certainty(causes: Sequence[Cause]) -> list[Cause]:
+    return sorted(causes, key=lambda cause: not cause.certain)
+
+
+def _capped(items: Sequence[str]) -> Iterator[str]:
+    yield from items[:MOST_ENDPOINTS]
+    if len(items) > MOST_ENDPOINTS:
+        yield f"            and {len(items) - MOST_ENDPOINTS} more  (-o json has all)"

@@ -1,0 +1,71 @@
+"""The verb: gather the evidence, answer, print."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+from proxy.config.settings import Settings
+from proxy.explain.answer import Answers, answer
+from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_client
+from proxy.explain.data import to_data
+from proxy.explain.gather import Means, UnanswerableError, Where, gather
+from proxy.explain.text import lines
+from rules.forwarding import family_of
+
+
+def main(
+    target: str,
+    client: str,
+    where: Where,
+    settings: Settings,
+    *,
+    interface: str = "",
+    as_json: bool = False,
+    means: Means = Means(),  # noqa: B008  # immutable
+) -> int:
+    """Answer a question on standard output; 0 it works, 1 it does not, 2 usage or nobody could tell.
+
+    Args:
+        target: `ADDRESS:PORT[/PROTO]` or `NAMESPACE/SERVICE[:PORT]`.
+        client: an address, `pod`, `node` or `outside`; empty: whoever usually connects there.
+        where: where to look for the evidence.
+        settings: what manifests are computed with.
+        interface: by which interface the client's packets come in; empty: not known.
+        as_json: print JSON instead of text.
+        means: how this node is read.
+    """
+    # Thousands of objects are made and kept until the end of this process: looking for garbage finds none.
+    gc.disable()
+    try:
+        asked, who = parse_asked(target), parse_client(client, interface)
+        _check_families(asked, who)
+        evidence = gather(where, settings, asked, who, means)
+    except (ValueError, UnanswerableError) as error:
+        sys.stderr.write(f"sluice explain: {error}\n")
+        return 2
+    finally:
+        gc.enable()
+    for problem in evidence.problems:
+        sys.stderr.write(f"sluice explain: {problem}\n")
+    answers = answer(asked, who, evidence)
+    if as_json:
+        sys.stdout.write(json.dumps(to_data(answers), indent=2) + "\n")
+    else:
+        sys.stdout.writelines(f"{line.rstrip()}\n" for line in lines(answers))
+    return exit_code(answers)
+
+
+def exit_code(answers: Answers) -> int:
+    """0: every connection works; 1: one does not, or there is nothing to connect to."""
+    if answers.missing or not answers.answers:
+        return 1
+    return 0 if all(each.works for each in answers.answers) else 1
+
+
+def _check_families(asked: Asked, client: Client) -> None:
+    if client.address is None or not isinstance(asked, AskedAddress):
+        return
+    if len(client.address) != len(asked.address):
+        raise ValueError(f"--from is {family_of(client.address).label}, and {asked} is not")

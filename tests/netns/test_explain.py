@@ -1,0 +1,278 @@
+"""`sluice explain` on a node: answers from the kernel alone, beside what is wanted, and beside the running agent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy import cli
+from proxy.config.load import load as configure
+from proxy.explain.surroundings import ForeignChain, look
+from proxy.render import render
+from proxy.sources.manifests import load
+from rules.forwarding import Family, parse_address
+from rules.nftables.dataplane import NftablesDataplane
+from tests.netns.agent import Agent
+from tests.netns.asking import eventually
+from tests.netns.isolation import own_network_namespace
+from tests.scenarios.schema import CLUSTER, DIRECTORY, manifests
+from tests.scenarios.schema import load as load_scenario
+
+FILE = Path(__file__).parents[1] / "data" / "explain" / "cluster.yaml"
+OPTIONS = [("proxy-mode", "nftables"), ("hostname-override", "node1"), ("cluster-cidr", "10.244.0.0/16")]
+NOWHERE = "--run-directory=/nonexistent"
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def node(root: None) -> Iterator[None]:
+    """A network namespace that looks like node1 of the manifests, with their rules and no agent."""
+    tables = render(load(FILE), configure(OPTIONS).settings, "node1").tables
+    with own_network_namespace(), contextlib.ExitStack() as stack:
+        run("ip", "link", "set", "lo", "up")
+        run("ip", "address", "add", "192.168.50.11/32", "dev", "lo")
+        run("sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
+        for table in tables:
+            dataplane = stack.enter_context(contextlib.closing(NftablesDataplane(table.family)))
+            dataplane.sync(table)
+        yield
+
+
+class Told:
+    """What a command said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
+        self.code = cli.main(["explain", "-o", "json", *arguments])
+        captured = capsys.readouterr()
+        self.errors = captured.err
+        self.data: dict[str, Any] = json.loads(captured.out) if captured.out else {}
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        [answer] = self.data["answers"]
+        return answer
+
+    @property
+    def outcome(self) -> Any:
+        """The backends and whether they see the client; or what becomes of the packet and why."""
+        outcome = self.answer["outcome"]
+        if outcome["is"] != "reaches":
+            return outcome["is"], outcome["why"]
+        return {each["backend"]: each["masqueraded"] for each in outcome["backends"]}
+
+
+def wanted(capsys: pytest.CaptureFixture[str], *arguments: str) -> Told:
+    options = [f"--{name}={text}" for name, text in OPTIONS]
+    return Told(capsys, *arguments, "-f", str(FILE), *options)
+
+
+def live(capsys: pytest.CaptureFixture[str], *arguments: str) -> Told:
+    return Told(capsys, *arguments, "--live", NOWHERE)
+
+
+def both(capsys: pytest.CaptureFixture[str], *arguments: str) -> Told:
+    options = [f"--{name}={text}" for name, text in OPTIONS]
+    return Told(capsys, *arguments, "--live", "-f", str(FILE), *options)
+
+
+GUARDED, ZONAL = "203.0.113.47:80", "10.96.0.42:80"
+EDITS = {
+    "a frontend goes": (
+        "delete element ip sluice cluster-ip { 10.96.0.47 . tcp . 80 }",
+        ["10.96.0.47:80"],
+        {"10.244.1.11:80": False},
+        ("dropped", "unallocated"),
+    ),
+    "a backend is another": (
+        "flush map ip sluice endpoints-tcp; add element ip sluice endpoints-tcp { 0:4000 . 0 : 10.9.9.9 . 99 }",
+        ["10.96.0.47:80"],
+        {"10.244.1.11:80": False},
+        {"10.9.9.9:99": False},
+    ),
+    "a backend goes": (
+        "flush map ip sluice slots; add element ip sluice slots { 0:8000 : 10.244.1.11 . 8080 }",
+        ["10.96.0.41:80"],
+        {"10.244.1.11:8080": False, "10.244.2.11:8080": False},
+        {"10.244.1.11:8080": False},
+    ),
+    "a refusal goes": (
+        "delete element ip sluice drop-frontends { 10.96.0.43 . tcp . 80 }",
+        ["10.96.0.43:80"],
+        ("dropped", "no-local-endpoints"),
+        ("dropped", "unallocated"),
+    ),
+    "a source range goes": (
+        "delete element ip sluice source-ranges-25 { 203.0.113.47 . tcp . 80 . 203.0.113.0 }",
+        [GUARDED, "--from=203.0.113.9"],
+        {"10.244.1.11:80": True},
+        ("dropped", "source-ranges"),
+    ),
+    "a hairpin goes": (
+        "delete element ip sluice local-endpoint-pairs { 10.244.1.11 . 10.244.1.11 . tcp . 8080 }",
+        [ZONAL, "--from=10.244.1.11"],
+        {"10.244.1.11:8080": True},
+        {"10.244.1.11:8080": False},
+    ),
+    "a node port goes": (
+        "delete element ip sluice node-port { tcp . 30001 }",
+        ["192.168.50.11:30001"],
+        {"10.244.1.11:8080": True, "10.244.2.11:8080": True},
+        ("untouched", "no-frontend"),
+    ),
+    "the node-port address goes": (
+        "delete element ip sluice node-port-addresses { 192.168.50.11 }",
+        ["192.168.50.11:30001"],
+        {"10.244.1.11:8080": True, "10.244.2.11:8080": True},
+        ("untouched", "node-port-address"),
+    ),
+    "the service CIDR goes": (
+        "delete element ip sluice service-cidrs { 10.96.0.0/16 }",
+        ["10.96.7.7:80"],
+        ("dropped", "unallocated"),
+        ("untouched", "no-frontend"),
+    ),
+    "the whole table goes": (
+        "delete table ip sluice",
+        ["10.96.0.47:80"],
+        {"10.244.1.11:80": False},
+        ("untouched", "no-frontend"),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_in_the_kernel_changes_the_live_answer_and_not_the_wanted_one(node, capsys, edit):
+    change, arguments, before, after = EDITS[edit]
+    assert live(capsys, *arguments).outcome == wanted(capsys, *arguments).outcome == before
+    compared = both(capsys, *arguments)
+    assert (compared.outcome, compared.answer["disagreements"]) == (before, [])
+    run("nft", change)
+    told = live(capsys, *arguments)
+    assert told.outcome == after
+    assert told.data["source"] == "kernel"
+    assert wanted(capsys, *arguments).outcome == before
+    compared = both(capsys, *arguments)
+    assert compared.outcome == after
+    assert compared.answer["disagreements"]
+
+
+def test_what_the_kernel_lacks_is_said_first(node, capsys):
+    run("nft", "delete element ip sluice cluster-ip { 10.96.0.47 . tcp . 80 }")
+    options = [f"--{name}={text}" for name, text in OPTIONS]
+    assert cli.main(["explain", "10.96.0.47:80", "--live", "-f", str(FILE), *options]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:5] == [
+        "10.96.0.47:80/TCP, from a local pod",
+        "  What the kernel holds is NOT what is wanted here:",
+        "    ! 10.96.0.47:80/TCP is wanted, and the kernel does not have it",
+    ]
+
+
+def test_a_service_by_its_name_from_the_kernels_labels(node, capsys):
+    told = live(capsys, "default/web:http")
+    assert [(each["frontend"], each["kind"]) for each in told.data["answers"]] == [
+        ("10.96.0.41:80/TCP", "ClusterIP"),
+        ("192.0.2.10:80/TCP", "ExternalIP"),
+        ("203.0.113.30:80/TCP", "LoadBalancer"),
+        ("192.168.50.11:30001/TCP", "NodePort"),
+    ]
+    assert told.code == 0
+    assert [each["frontend"] for each in live(capsys, "default/web:53").data["answers"]][:1] == ["10.96.0.41:53/UDP"]
+    assert live(capsys, "default/nothing").code == 1
+
+
+def test_without_rules_it_says_so(root, capsys):
+    with own_network_namespace():
+        told = live(capsys, "10.96.0.41:80")
+    assert (told.code, told.outcome) == (1, ("untouched", "no-frontend"))
+    assert [cause["kind"] for cause in told.answer["causes"]] == ["no-rules"]
+
+
+def test_where_nodes_do_not_forward_nothing_works(node, capsys):
+    run("sysctl", "-q", "-w", "net.ipv4.ip_forward=0")
+    told = live(capsys, "10.96.0.47:80")
+    assert (told.code, told.answer["works"], told.outcome) == (1, False, {"10.244.1.11:80": False})
+    assert [(cause["kind"], cause["certain"]) for cause in told.answer["causes"]] == [("ip-forward", True)]
+    assert live(capsys, "10.96.0.47:80", "--from=node").code == 0
+
+
+def test_what_else_may_be_in_the_way_is_told(node, capsys):
+    run("nft", "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }")
+    run("nft", "table ip nat { chain KUBE-SERVICES { }; chain KUBE-FIREWALL { }; }; table ip6 kube-proxy { }")
+    run("sysctl", "-q", "-w", "net.ipv4.conf.lo.rp_filter=0", "net.ipv4.conf.all.rp_filter=1")
+    run("ip", "link", "add", "out", "type", "veth", "peer", "name", "in")
+    told = live(capsys, "10.96.0.47:80")
+    assert (told.code, told.answer["works"]) == (0, True)
+    found = {cause["kind"]: cause for cause in told.answer["causes"]}
+    assert found.keys() == {"forward-drop", "other-proxy", "rp-filter"}
+    assert found["forward-drop"]["next"] == "nft list chain ip filter FORWARD"
+    assert "KUBE-SERVICES in the table ip nat" in found["other-proxy"]["words"]
+
+
+def test_a_forward_chain_of_the_other_family_is_in_nobodys_way(node, capsys):
+    run("nft", "table ip6 filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }")
+    assert live(capsys, "10.96.0.47:80").answer["causes"] == []
+
+
+def test_the_surroundings_of_a_bare_namespace(root):
+    with own_network_namespace():
+        run("ip", "link", "set", "lo", "up")
+        run("ip", "link", "add", "out", "type", "veth", "peer", "name", "in")
+        run("ip", "link", "set", "out", "up")
+        run("ip", "address", "add", "10.1.2.3/24", "dev", "out")
+        run("ip", "link", "set", "in", "up")
+        run("nft", "table inet mine { chain f { type filter hook forward priority 0; policy drop; }; }")
+        found = look(parse_address("10.1.2.9"), parse_address("10.9.9.9"))
+    assert parse_address("10.1.2.3") in found.addresses
+    assert found.node_ips[Family.IPV4] == parse_address("10.1.2.3")
+    way = found.ways[parse_address("10.1.2.9")]
+    assert (way.interface, way.source) == ("out", parse_address("10.1.2.3"))
+    assert parse_address("10.9.9.9") not in found.ways
+    assert found.forward_drops == (ForeignChain("inet", "mine", "f", forwards=True, drops=True),)
+    assert found.other_proxies == ()
+
+
+# --- beside the agent ------------------------------------------------------------------------------------------------
+
+
+def explain(agent: Agent, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """What a command on node1 says."""
+    own = ["--run-directory", str(agent.run_directory), "-o", "json"]
+    command = [sys.executable, "-m", "proxy", "explain", *arguments, *own]
+    done = agent.world.namespaces["node1"].inside(
+        lambda: subprocess.run(command, capture_output=True, text=True, check=False)
+    )
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+def test_the_agent_tells_what_it_wants_and_why(agent):
+    agent.configure({})
+    objects = manifests(CLUSTER) + load_scenario(DIRECTORY / "external-policy-local.yaml").objects
+    agent.apply(objects)
+    service = next(each for each in objects if each["kind"] == "Service")
+    name = f"{service['metadata'].get('namespace', 'default')}/{service['metadata']['name']}"
+
+    def settled() -> bool:
+        code, data, _ = explain(agent, name)
+        return code == 0 and not data["problems"]
+
+    eventually(settled)
+    code, data, errors = explain(agent, "192.168.50.11:30001", "--from=192.168.50.100")
+    [answer] = data["answers"]
+    assert (code, data["source"], errors) == (0, "agent", "")
+    assert [each["backend"] for each in answer["outcome"]["backends"]] == ["10.244.1.11:8080"]
+    assert [(each["endpoint"], each["clause"]) for each in answer["unused"]] == [("10.244.2.11:8080", "SEL-4")]
+    assert answer["disagreements"] == []
+    code, data, _ = explain(agent, "192.168.50.11:30001", "--from=192.168.50.100", "--live")
+    assert (code, data["source"], data["answers"][0]["outcome"]) == (0, "kernel", answer["outcome"])

@@ -1,0 +1,452 @@
+"""`sluice explain` as a command: questions and options, what it says of the node, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import cli
+from proxy.agent_socket import AgentError, NoAgentError
+from proxy.config.settings import Settings
+from proxy.explain import gather, verb
+from proxy.explain.agent import Known
+from proxy.explain.answer import answer
+from proxy.explain.asked import AskedAddress, AskedService, Client, parse_asked, parse_client
+from proxy.explain.data import to_data
+from proxy.explain.evidence import Cluster, Evidence, of_this_node
+from proxy.explain.gather import Means, Where
+from proxy.explain.routing import Way
+from proxy.explain.surroundings import ForeignChain, Surroundings
+from proxy.explain.text import lines
+from proxy.objects import Key
+from rules.dataplane import UnavailableError
+from rules.explanation import Origin
+from rules.forwarding import (
+    Family,
+    ForwardingTable,
+    InputInterface,
+    Kind,
+    NodeFacts,
+    Protocol,
+    Route,
+    SourcePrefix,
+    parse_address,
+    parse_prefix,
+)
+from tests import strategies
+from tests.builders import at, backends, view
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "tests" / "data" / "explain" / "cluster.yaml"
+OPTIONS = ("--proxy-mode=nftables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16")
+
+HELD = ForwardingTable(
+    family=Family.IPV4,
+    node=NodeFacts(detector=SourcePrefix(parse_prefix("10.244.0.0/16"))),
+    routes={
+        at("10.96.0.41:80"): Route(
+            kind=Kind.CLUSTER_IP, backends=backends("10.244.1.11", "10.244.2.11"), label="default/web:http"
+        ),
+        at("*:30001"): Route(
+            kind=Kind.NODE_PORT, backends=backends("10.244.1.11", "10.244.2.11"), label="default/web:http"
+        ),
+    },
+)
+NODE = Surroundings(
+    addresses=frozenset(map(parse_address, ["192.168.0.2", "127.0.0.1"])),
+    node_ips={Family.IPV4: parse_address("192.168.0.2")},
+    forwarding={Family.IPV4: True},
+    conntrack=(10, 1000),
+)
+
+
+class Held:
+    """A dataplane that holds a table of IPv4."""
+
+    def __init__(self, table: ForwardingTable | None) -> None:
+        self._table = table
+
+    def read(self) -> ForwardingTable | None:
+        return self._table
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def means(node: Surroundings = NODE, table: ForwardingTable | None = HELD) -> Means:
+    return Means(
+        open_dataplane=lambda _, family: Held(table if family is Family.IPV4 else None),  # type: ignore[arg-type,return-value]
+        look=lambda *_: node,
+    )
+
+
+def live(capsys, target: str, client: str = "", *, node: Surroundings = NODE) -> tuple[int, dict[str, Any]]:
+    """The exit code, and the only answer."""
+    where = Where(live=True, run_directory="/nonexistent")
+    code = verb.main(target, client, where, Settings(), as_json=True, means=means(node))
+    [found] = json.loads(capsys.readouterr().out)["answers"]
+    return code, found
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("10.96.0.1:443", AskedAddress(parse_address("10.96.0.1"), 443, Protocol.TCP)),
+        ("10.96.0.1:53/udp", AskedAddress(parse_address("10.96.0.1"), 53, Protocol.UDP)),
+        ("[fd00::1]:53/SCTP", AskedAddress(parse_address("fd00::1"), 53, Protocol.SCTP)),
+        ("010.96.000.1:80", AskedAddress(parse_address("10.96.0.1"), 80, Protocol.TCP)),
+        ("default/web", AskedService(Key("default", "web"), "")),
+        ("kube-system/kube-dns:dns-tcp", AskedService(Key("kube-system", "kube-dns"), "dns-tcp")),
+        ("default/web:80", AskedService(Key("default", "web"), "80")),
+        ("10/web", AskedService(Key("10", "web"), "")),
+    ],
+)
+def test_questions(text, asked):
+    assert parse_asked(text) == asked
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "web", "10.96.0.1", "10.96.0.1:0", "10.96.0.1:65536", "10.96.0.1:80/ICMP", "10.96.0:80", "a/b/c", "A/b"],
+)
+def test_what_is_no_question_is_usage(text, capsys):
+    with pytest.raises(ValueError, match=r".+"):
+        parse_asked(text)
+    assert cli.main(["explain", "-f", str(CLUSTER), "--", text]) == 2
+    assert capsys.readouterr().err.startswith("sluice explain: ")
+
+
+@given(st.text(max_size=40))
+def test_no_question_ends_in_anything_but_an_error(text):
+    try:
+        asked = parse_asked(text)
+    except ValueError:
+        return
+    assert parse_asked(str(asked)) == asked
+
+
+@pytest.mark.parametrize(
+    ("text", "client"),
+    [
+        ("", Client()),
+        ("pod", Client(origin=Origin.LOCAL_POD)),
+        ("node", Client(origin=Origin.NODE)),
+        ("outside", Client(origin=Origin.ELSEWHERE)),
+        ("10.244.1.11", Client(address=parse_address("10.244.1.11"))),
+        ("[fd00::1]", Client(address=parse_address("fd00::1"))),
+    ],
+)
+def test_clients(text, client):
+    assert parse_client(text) == client
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["10.96.0.41:80", "--from=somebody", "-f", str(CLUSTER)], "'somebody' is neither an address nor"),
+        (["10.96.0.41:80", "--from=fd00::1", "-f", str(CLUSTER)], "--from is IPv6"),
+        (["10.96.0.41:80", "--node-addresses=1.2.3.4", "--live"], "--node-addresses are for manifests"),
+        (["10.96.0.41:80", "--cluster-cidr=10.0.0.0/8"], "--cluster-cidr says how manifests are meant: it needs -f"),
+        (["10.96.0.41:80", "-f", "/nonexistent"], "/nonexistent"),
+        (["10.96.0.41:80", "--node-addresses=x", "-f", str(CLUSTER)], "'x' is no IP address"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(arguments, part, capsys):
+    assert cli.main(["explain", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert part in captured.err
+
+
+def test_a_kernel_that_cannot_be_read_is_code_2_and_names_the_other_way(capsys):
+    def refused(_name: str, _family: Family) -> Any:
+        raise UnavailableError("nftables needs the capability CAP_NET_ADMIN: run sluice as root")
+
+    where = Where(run_directory="/nonexistent")
+    assert verb.main("10.96.0.41:80", "", where, Settings(), means=Means(refused, lambda *_: NODE)) == 2
+    error = capsys.readouterr().err
+    assert "CAP_NET_ADMIN" in error
+    assert "-f FILE" in error
+
+
+def test_answers_from_manifests_load_no_netlink_and_live_ones_no_asyncio():
+    code = (
+        "import sys; from proxy.cli import main; main(sys.argv[1:]);"
+        "sys.exit(str([each for each in ('pyroute2', 'aiohttp', 'rules.nftables', 'asyncio') if each in sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, "explain", "10.96.0.41:80"]
+    ended = subprocess.run([*command, "-f", str(CLUSTER)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "pyroute2" not in ended.stderr
+    assert "rules.nftables" not in ended.stderr
+    ended = subprocess.run(
+        [*command, "--live", "--run-directory=/nonexistent"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.stderr.splitlines()[-1] == "['rules.nftables']"
+
+
+# --- the node --------------------------------------------------------------------------------------------------------
+
+
+def node(**changes: Any) -> Surroundings:
+    return msgspec.structs.replace(NODE, **changes)
+
+
+FORWARD = ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True)
+
+
+@pytest.mark.parametrize(
+    ("around", "kind", "code"),
+    [
+        (node(forwarding={Family.IPV4: False}), "ip-forward", 1),
+        (node(chains=(FORWARD,)), "forward-drop", 0),
+        (node(chains=(FORWARD._replace(family="inet", table="mine"),)), "forward-drop", 0),
+        (node(legacy_tables=("filter", "nat")), "legacy-forward", 0),
+        (node(strict_rp_filter=("eth0",)), "rp-filter", 0),
+        (node(conntrack=(960, 1000)), "conntrack-full", 0),
+        (node(conntrack=(1000, 1000)), "conntrack-full", 1),
+        (node(ipvs=True), "other-proxy", 0),
+        (node(chains=(ForeignChain("ip", "kube-proxy", "services", forwards=False, drops=False),)), "other-proxy", 0),
+        (node(chains=(ForeignChain("ip", "nat", "KUBE-SVC-X", forwards=False, drops=False),)), "other-proxy", 0),
+    ],
+)
+def test_what_stands_in_the_way_beside_our_rules(around, kind, code, capsys):
+    found, answered = live(capsys, "10.96.0.41:80", "10.244.1.12", node=around)
+    assert [cause["kind"] for cause in answered["causes"]] == [kind]
+    assert (found, answered["works"]) == (code, code == 0)
+    assert all(cause["next"] for cause in answered["causes"])
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        NODE,
+        node(chains=(FORWARD._replace(drops=False),)),
+        node(chains=(FORWARD._replace(family="ip6"),)),
+        node(chains=(FORWARD._replace(family="ip", name="INPUT", forwards=False),)),
+        node(chains=(ForeignChain("ip", "filter", "KUBE-FIREWALL", forwards=False, drops=False),)),
+        node(forwarding={Family.IPV6: False}),
+        node(legacy_tables=("nat",)),
+    ],
+)
+def test_what_is_in_nobodys_way(around, capsys):
+    code, answered = live(capsys, "10.96.0.41:80", "10.244.1.12", node=around)
+    assert (code, answered["causes"]) == (0, [])
+
+
+def test_what_the_node_sends_itself_is_not_forwarded(capsys):
+    around = node(forwarding={Family.IPV4: False}, chains=(FORWARD,), strict_rp_filter=("eth0",))
+    code, answered = live(capsys, "10.96.0.41:80", "node", node=around)
+    assert (code, answered["causes"], answered["packet"]["source"]) == (0, [], "192.168.0.2")
+
+
+def test_loopback_node_ports_need_route_localnet(capsys):
+    facts = msgspec.structs.replace(HELD.node, loopback_node_ports=True)
+    table = msgspec.structs.replace(HELD, node=facts)
+    for setting, expected in ((False, 1), (True, 0)):
+        where = Where(live=True, run_directory="/nonexistent")
+        around = node(route_localnet=setting)
+        assert verb.main("127.0.0.1:30001", "node", where, Settings(), means=means(around, table)) == expected
+        assert ("route_localnet" in capsys.readouterr().out) is not setting
+
+
+def test_trf_10_the_interface_of_a_client_is_that_of_the_way_back(capsys):
+    table = msgspec.structs.replace(HELD, node=NodeFacts(detector=InputInterface("cni0")))
+    client = parse_address("10.244.1.12")
+    for interface, origin in (("cni0", "pod"), ("eth0", "outside")):
+        around = node(ways={client: Way(interface, None)})
+        where = Where(live=True, run_directory="/nonexistent")
+        verb.main("10.96.0.41:80", "10.244.1.12", where, Settings(), as_json=True, means=means(around, table))
+        [found] = json.loads(capsys.readouterr().out)["answers"]
+        assert found["origin"] == origin
+
+
+@pytest.mark.parametrize(("interface", "origin"), [("", "pod"), ("eth0", "outside"), ("pod-p1", "pod")])
+def test_trf_10_from_manifests_pods_of_the_node_are_taken_to_come_in_by_its_interface(interface, origin, capsys):
+    options = ["--proxy-mode=nftables", "--hostname-override=node1", "--detect-local-mode=InterfaceNamePrefix"]
+    options += ["--pod-interface-name-prefix=pod-", f"--interface={interface}", "-o", "json"]
+    cli.main(["explain", "10.96.0.41:80", "--from=10.244.1.11", "-f", str(CLUSTER), *options])
+    assert json.loads(capsys.readouterr().out)["answers"][0]["origin"] == origin
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_a_contract(capsys):
+    """Fields may be added; these never go."""
+    assert cli.main(["explain", "10.96.0.41:80", "-o", "json", "-f", str(CLUSTER), *OPTIONS]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data.keys() >= {"version", "asked", "source", "works", "answers", "missing", "problems"}
+    assert (data["version"], data["asked"], data["source"]) == (1, "10.96.0.41:80/TCP", "manifests")
+    [found] = data["answers"]
+    assert found["outcome"] == {
+        "is": "reaches",
+        "backends": [
+            {"backend": "10.244.1.11:8080", "probability": 0.5, "masqueraded": False, "node": "node1"},
+            {"backend": "10.244.2.11:8080", "probability": 0.5, "masqueraded": False, "node": "node2"},
+        ],
+        "affinitySeconds": 10800,
+    }
+    assert found["unused"][0] == {
+        "endpoint": "10.244.2.12:8080",
+        "node": "node2",
+        "slice": "web-1",
+        "words": "it is not ready",
+        "clause": "SEL-15",
+    }
+    assert found["steps"][0] == {
+        "kind": "frontend",
+        "words": "10.96.0.41:80/TCP is the ClusterIP of default/web:http",
+        "clause": "TRF-12",
+        "frontend": "10.96.0.41:80/TCP",
+        "service": "default/web:http",
+    }
+    assert [(each["origin"], each["outcome"]["is"]) for each in found["others"]] == [
+        ("node", "reaches"),
+        ("outside", "reaches"),
+    ]
+
+
+def test_a_client_of_another_family_has_nowhere_to_go(capsys):
+    assert cli.main(["explain", "default/web", "--from=fd00::1", "-f", str(CLUSTER), *OPTIONS]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "default/web has no frontend of IPv6, which --from is of."
+
+
+def test_works_in_json_is_the_exit_code(capsys):
+    for target, code in (("default/web", 0), ("default/away", 1), ("default/nothing", 1), ("10.96.0.44:80", 1)):
+        assert cli.main(["explain", target, "-o", "json", "-f", str(CLUSTER), *OPTIONS]) == code
+        assert json.loads(capsys.readouterr().out)["works"] is (code == 0)
+
+
+def test_standard_input_is_a_file_too():
+    command = [sys.executable, "-m", "proxy", "explain", "default/web:http", "-f", "-", *OPTIONS]
+    with CLUSTER.open() as file:
+        ended = subprocess.run(command, cwd=ROOT, stdin=file, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.splitlines()[0]) == (
+        0,
+        "According to standard input, as node node1 would have it:",
+    )
+
+
+# --- whatever the evidence -------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_every_table_has_answers_in_words_and_in_json(data):
+    family = data.draw(st.sampled_from(list(Family)))
+    table = data.draw(strategies.tables(family))
+    evidence: Evidence = of_this_node({family: table}, NODE)
+    ports = sorted({frontend.port for frontend in table.routes} | {80})
+    addresses = sorted({frontend.address for frontend in table.routes if frontend.address} | NODE.addresses)
+    asked = data.draw(
+        st.one_of(
+            st.builds(
+                AskedAddress, st.sampled_from(addresses), st.sampled_from(ports), st.sampled_from(list(Protocol))
+            ),
+            st.builds(AskedService, st.just(Key("default", "web")), st.sampled_from(["", "http", "80"])),
+        )
+    )
+    client = data.draw(st.builds(Client, st.none(), st.none() | st.sampled_from(list(Origin))))
+    answers = answer(asked, client, evidence)
+    assert list(lines(answers))
+    assert json.loads(json.dumps(to_data(answers)))["works"] is (verb.exit_code(answers) == 0)
+
+
+# --- the agent, and the kernel beside it -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    """Stands in for the agent's socket; what is put there is what the agent knows."""
+    known: list[Known | AgentError] = []
+
+    def ask(*_: object) -> Known:
+        if isinstance(known[0], AgentError):
+            raise known[0]
+        return known[0]
+
+    monkeypatch.setattr(gather, "ask", ask)
+    return known
+
+
+WANTED = Cluster(view=view(), wanted={Family.IPV4: HELD})
+
+
+def ask_agent(capsys, *, table: ForwardingTable | None = HELD, **where: Any) -> tuple[int, dict[str, Any]]:
+    code = verb.main("10.96.0.41:80", "", Where(**where), Settings(), as_json=True, means=means(NODE, table))
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_agents_table_comes_first_and_agrees_with_the_kernel(agent, capsys):
+    agent.append(Known(WANTED, here=True, pending=False))
+    code, data = ask_agent(capsys)
+    assert (code, data["source"], data["problems"]) == (0, "agent", [])
+    assert data["answers"][0]["disagreements"] == []
+
+
+def test_what_is_wanted_and_not_held_does_not_work(agent, capsys):
+    agent.append(Known(WANTED, here=True, pending=False))
+    held = msgspec.structs.replace(HELD, routes={})
+    code, data = ask_agent(capsys, table=held)
+    [found] = data["answers"]
+    assert (code, data["source"], found["outcome"]["is"]) == (1, "agent", "reaches")
+    assert found["disagreements"] == ["10.96.0.41:80/TCP is wanted, and the kernel does not have it"]
+    assert [(cause["kind"], cause["certain"]) for cause in found["causes"]] == [("drift", True)]
+    code, data = ask_agent(capsys, table=held, live=True)
+    assert (code, data["source"], data["answers"][0]["outcome"]["is"]) == (1, "kernel", "untouched")
+    assert data["answers"][0]["disagreements"]
+
+
+def test_a_difference_that_still_works_is_told_and_works(agent, capsys):
+    agent.append(Known(WANTED, here=True, pending=True))
+    route = msgspec.structs.replace(HELD.routes[at("10.96.0.41:80")], backends=backends("10.244.1.11"))
+    code, data = ask_agent(capsys, table=msgspec.structs.replace(HELD, routes={at("10.96.0.41:80"): route}))
+    [found] = data["answers"]
+    assert code == 0
+    assert found["disagreements"] == ["10.96.0.41:80/TCP: backend: wanted 10.244.2.11:80, the kernel has none"]
+    assert [(cause["kind"], cause["certain"]) for cause in found["causes"]] == [("drift", False)]
+    assert data["problems"] == ["the agent is about to write changes: where it differs from the kernel, ask again"]
+
+
+@pytest.mark.parametrize(("live", "source"), [(False, "agent"), (True, "kernel")])
+def test_an_agent_of_another_namespace_is_not_compared(agent, capsys, live, source):
+    agent.append(Known(WANTED, here=False, pending=False))
+    _, data = ask_agent(capsys, table=msgspec.structs.replace(HELD, routes={}), live=live)
+    assert (data["source"], data["answers"][0]["disagreements"]) == (source, [])
+    assert "another network namespace" in data["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("error", "problems"),
+    [
+        (NoAgentError("no agent answers"), []),
+        (AgentError("the agent does not answer"), ["the agent does not answer: the kernel alone is explained"]),
+    ],
+)
+def test_without_an_answer_of_the_agent_it_is_the_kernel(agent, capsys, error, problems):
+    agent.append(error)
+    code, data = ask_agent(capsys)
+    assert (code, data["source"], data["problems"]) == (0, "kernel", problems)
+
+
+def test_an_agent_whose_kernel_cannot_be_read_is_explained_alone(agent, capsys):
+    agent.append(Known(WANTED, here=True, pending=False))
+
+    def refused(_name: str, _family: Family) -> Any:
+        raise UnavailableError("run sluice as root")
+
+    code = verb.main("10.96.0.41:80", "", Where(), Settings(), as_json=True, means=Means(refused, lambda *_: NODE))
+    data = json.loads(capsys.readouterr().out)
+    assert (code, data["source"]) == (0, "agent")
+    assert "run sluice as root" in data["problems"][0]
