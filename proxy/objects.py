@@ -154,6 +154,8 @@ PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
+STALE_TCP_ANNOTATION = "sluice.internal/stale-tcp-flows"
+"""On a Service: `delete-unanswered` has connections that nobody has answered forget an endpoint that is gone."""
 
 
 class EndpointSlice(_Object, frozen=True):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from proxy.addresses import lenient_address, lenient_prefix
-from proxy.objects import PROXY_NAME_LABEL, Service, ServicePort
+from proxy.objects import PROXY_NAME_LABEL, STALE_TCP_ANNOTATION, Service, ServicePort
 from rules.forwarding import Address, Family, Prefix, family_of, merge_prefixes
 
 _DEFAULT_AFFINITY = 10800
@@ -27,6 +27,8 @@ class Exposure(NamedTuple):
     internal_local: bool
     external_local: bool
     affinity: int
+    forget_unanswered: bool
+    """Whether TCP connections to an endpoint that is gone are forgotten as long as nobody has answered them."""
 
     def accessible(self, port: ServicePort) -> bool:
         """Whether anything but ClusterIP leads to the service port (SEL-2)."""
@@ -57,17 +59,31 @@ def exposure_of(
         internal_local=spec.internal_traffic_policy == "Local",  # SVC-12
         external_local=spec.external_traffic_policy == "Local" and exposed,  # SVC-11
         affinity=_affinity(service, problems),
+        forget_unanswered=_forget_unanswered(service, problems),
+    )
+
+
+def wants_rules(service: Service) -> bool:
+    """Whether a Service is this proxy's business: headless ones and others' are not (SVC-1, SVC-5)."""
+    spec = service.spec
+    return (
+        PROXY_NAME_LABEL not in service.metadata.labels
+        and spec.type != "ExternalName"
+        and spec.cluster_ip not in ("", "None")
     )
 
 
 def _cluster_ip(service: Service, family: Family, problems: list[str]) -> Address | None:
     """The ClusterIP of a family, or None for a Service that gets no rules in it (SVC-1, SVC-4, SVC-5)."""
     spec = service.spec
-    if PROXY_NAME_LABEL in service.metadata.labels or spec.type == "ExternalName" or spec.cluster_ip in ("", "None"):
+    if not wants_rules(service):
         return None
     if spec.ip_families:
-        both = zip(spec.ip_families, spec.cluster_ips, strict=False)
-        text = next((cluster_ip for label, cluster_ip in both if label == family.label), None)
+        wanted, text = family.label, None
+        for label, cluster_ip in zip(spec.ip_families, spec.cluster_ips, strict=False):
+            if label == wanted:
+                text = cluster_ip
+                break
     else:
         text = spec.cluster_ip
     if text is None:
@@ -142,3 +158,10 @@ def _affinity(service: Service, problems: list[str]) -> int:
         f"{_DEFAULT_AFFINITY} is used"
     )
     return _DEFAULT_AFFINITY
+
+
+def _forget_unanswered(service: Service, problems: list[str]) -> bool:
+    value = service.metadata.annotations.get(STALE_TCP_ANNOTATION, "")
+    if value not in ("", "delete-unanswered"):
+        problems.append(f"annotation {STALE_TCP_ANNOTATION}: {value!r} is not delete-unanswered")
+    return value == "delete-unanswered"

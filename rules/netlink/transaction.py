@@ -1,4 +1,4 @@
-"""A netfilter netlink socket: dumps, single requests, and transactions of nftables.
+"""A netfilter netlink socket: dumps, requests, and transactions of nftables.
 
 A transaction is one `send` from the batch's begin to its end.  The kernel handles all of it before `send` returns,
 and it applies all or nothing: every message that it refuses is answered by an error with that message's sequence
@@ -20,7 +20,7 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -73,6 +73,9 @@ _ERROR_COST = 2048
 """What one queued error takes from the receive buffer: the kernel counts its own bookkeeping too."""
 _ANSWER_SECONDS = 30
 _DUMP_TRIES = 20
+_REQUEST_TRIES = 5
+_PASSING = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOBUFS})
+"""Errors of a reading that the next try may not meet: it changed meanwhile, or the answers did not fit."""
 
 
 class Failure(NamedTuple):
@@ -183,11 +186,18 @@ class NetfilterSocket:
             NetlinkError: the kernel refused (ENOENT: there is no such object).
             DecodeError: the answer is no netlink message.
         """
-        answers: list[bytes] = []
-        self._converse(message, REQUEST, answers)
-        if not answers:
-            raise NetlinkError(errno.EPROTO, "an answer without content")
-        return answers[0]
+        for last in (*[False] * (_REQUEST_TRIES - 1), True):
+            answers: list[bytes] = []
+            try:
+                self._converse(message, REQUEST, answers)
+            except OSError as error:
+                if last or error.errno not in _PASSING:
+                    raise
+                continue
+            if answers:
+                return answers[0]
+            break
+        raise NetlinkError(errno.EPROTO, "an answer without content")
 
     def dump(self, message: bytes) -> list[bytes]:
         """The payloads of all answers to a request for many objects.
@@ -202,13 +212,81 @@ class NetfilterSocket:
             answers: list[bytes] = []
             try:
                 interrupted = self._converse(message, REQUEST | DUMP, answers)
-            except NetlinkError as error:
-                if error.errno not in (errno.EINTR, errno.EAGAIN):
+            except OSError as error:
+                if error.errno not in _PASSING:
                     raise
                 continue
             if not interrupted:
                 return answers
-        raise NetlinkError(errno.EINTR, "it changed again and again while it was read")
+        raise NetlinkError(errno.EINTR, "it changed, or answers were lost, again and again while it was read")
+
+    def stream(self, message: bytes) -> Iterator[tuple[bytes, list[tuple[int, int]]]]:
+        """The answers to a request for very many objects, as they come in.
+
+        Each item is a datagram and where in it the payloads of its answers begin and end.  Take it to its end, or
+        close the socket, before the next request.
+
+        Raises:
+            NetlinkError: the kernel refused; EINTR, after the last answer: what was read changed meanwhile.
+            DecodeError: an answer is no netlink message.
+        """
+        sequence = next(self._sequence) & 0xFFFFFFFF
+        self._drain()
+        self._socket.sendto(_numbered(message, REQUEST | DUMP, sequence), (0, 0))
+        interrupted = False
+        while True:
+            data = self._receive()
+            position, end = 0, len(data)
+            spans = []
+            done: Message | None = None
+            while position < end:
+                if end - position < HEADER.size:
+                    raise DecodeError("a message is cut short")
+                length, kind, flags, answered, _ = HEADER.unpack_from(data, position)
+                if length < HEADER.size or position + length > end:
+                    raise DecodeError(f"a message of {length} bytes does not fit")
+                if answered == sequence:
+                    interrupted = interrupted or bool(flags & DUMP_INTERRUPTED)
+                    start = position + HEADER.size
+                    if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                        done = Message(kind, flags, answered, data[start : position + length])
+                        break
+                    spans.append((start, position + length))
+                position += length + 3 & ~3
+            if spans:
+                yield data, spans
+            if done is not None:
+                _raise_refusal(done)
+                if interrupted:
+                    raise NetlinkError(errno.EINTR, "it changed while it was read")
+                return
+
+    def perform(self, message: bytes) -> None:
+        """Have one request carried out that has no answer but its acknowledgement.
+
+        Raises:
+            NetlinkError: the kernel refused.
+            DecodeError: the acknowledgement is no netlink message.
+        """
+        self._converse(message, REQUEST | ACK, [])
+
+    def perform_each(self, messages: Sequence[bytes]) -> list[Failure]:
+        """Have requests carried out one by one, handed over in one send; those that the kernel refused.
+
+        Refusals beyond what the receive buffer holds are not told.
+
+        Raises:
+            OSError: the requests could not be handed to the kernel.
+        """
+        if not messages:
+            return []
+        first = next(self._sequence) & 0x3FFFFFFF
+        self._sequence = itertools.count(first + len(messages) + 1)
+        joined = _joined(messages, first + 1)
+        self._drain()
+        self._grow(len(joined) + 4096, len(messages) * _ERROR_COST)
+        self._socket.sendto(joined, (0, 0))
+        return self._answers(first, len(messages))[0]
 
     def generation(self) -> int:
         """The number of the namespace's nftables generation: every transaction of anybody makes another.
@@ -227,22 +305,22 @@ class NetfilterSocket:
         self._socket.sendto(_numbered(message, flags, sequence), (0, 0))
         interrupted = False
         while True:
-            try:
-                data = self._socket.recv(_RECEIVE)
-            except BlockingIOError:
-                raise NetlinkError(errno.ETIMEDOUT, f"no answer from the kernel for {_ANSWER_SECONDS} s") from None
-            for answer in messages(data):
+            for answer in messages(self._receive()):
                 if answer.sequence != sequence:
                     continue
                 interrupted = interrupted or bool(answer.flags & DUMP_INTERRUPTED)
                 if answer.kind in (_NLMSG_ERROR, _NLMSG_DONE):
-                    code = _error_code(answer.payload)
-                    if code:
-                        raise NetlinkError(code, _explanation(answer) or os.strerror(code))
+                    _raise_refusal(answer)
                     return interrupted
                 answers.append(answer.payload)
             if answers and not flags & DUMP:
                 return interrupted
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(_RECEIVE)
+        except BlockingIOError:
+            raise NetlinkError(errno.ETIMEDOUT, f"no answer from the kernel for {_ANSWER_SECONDS} s") from None
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -265,7 +343,17 @@ class NetfilterSocket:
         batch = _batch(messages, first, generation)
         self._drain()
         self._grow(len(batch) + 4096, len(messages) * _ERROR_COST)
-        self._socket.sendto(batch, (0, 0))
+        try:
+            self._socket.sendto(batch, (0, 0))
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            self._send_buffer = 0  # ask again the next time: the limit may have been raised
+            raise OSError(
+                errno.EMSGSIZE,
+                f"a transaction of {len(batch)} bytes is more than the socket may send: set the sysctl"
+                f" net.core.wmem_max to {len(batch)} at least, or run sluice with CAP_NET_ADMIN of the host",
+            ) from None
         errors, lost = self._answers(first, len(messages))
         if any(error.message < 0 and error.errno == errno.ERESTART for error in errors):
             raise StaleGenerationError(errors)
@@ -333,18 +421,29 @@ def _batch(messages: Sequence[bytes], first: int, generation: int | None) -> byt
     resting = be32(_BATCH_GENERATION, generation) if generation is not None else b""
     begin = message(_BATCH_BEGIN, REQUEST, _NETFILTER_HEADER.pack(AF_UNSPEC, 0, SUBSYSTEM_NFTABLES) + resting)
     end = message(_BATCH_END, REQUEST | ACK, _NETFILTER_HEADER.pack(AF_UNSPEC, 0, SUBSYSTEM_NFTABLES))
-    every = [begin, *messages, end]
-    batch = bytearray().join(every)
+    return _joined([begin, *messages, end], first)
+
+
+def _joined(every: Sequence[bytes], first: int) -> bytes:
+    """Messages one after the other, numbered from `first`."""
+    joined = bytearray().join(every)
     position = 0
     for sequence, each in enumerate(every, first):
-        U32.pack_into(batch, position + 8, sequence)
+        U32.pack_into(joined, position + 8, sequence)
         position += len(each)
-    return bytes(batch)
+    return bytes(joined)
 
 
 def _error_code(payload: bytes) -> int:
     """The errno of an error message, or of the end of a dump; 0: it is an acknowledgement."""
     return -int.from_bytes(payload[:4], "little" if U32.pack(1)[0] else "big", signed=True)
+
+
+def _raise_refusal(answer: Message) -> None:
+    """Raise NetlinkError unless an error message, or the end of a dump, says that all is well."""
+    code = _error_code(answer.payload)
+    if code:
+        raise NetlinkError(code, _explanation(answer) or os.strerror(code))
 
 
 def _details(answer: Message) -> tuple[str, int]:

@@ -197,3 +197,63 @@ def test_the_family_of_a_payload_and_a_payload_without_one():
     assert family_of(netfilter_message(0, 0, 10, b"")[16:]) == 10
     with pytest.raises(DecodeError):
         family_of(b"\2")
+
+
+def streamed(netfilter, message):
+    return [data[start:end] for data, spans in netfilter.stream(message) for start, end in spans]
+
+
+def test_a_stream_gives_its_answers_as_they_come_and_passes_over_others(talk):
+    def answers(sent):
+        number = sent[0].sequence
+        yield reply(0x100, number, b"one!") + reply(0x100, number, b"two")
+        yield reply(0x100, number + 9, b"gone")
+        yield reply(0x100, number, b"last") + reply(3, number, bytes(4), 2)
+
+    kernel, netfilter = talk(answers)
+    assert streamed(netfilter, ONE) == [b"one!", b"two", b"last"]
+    (sent,) = messages(kernel.sent[0])
+    assert sent.flags == 0x301
+
+
+def test_an_interrupted_stream_says_so_after_its_last_answer(talk):
+    def answers(sent):
+        yield reply(0x100, sent[0].sequence, b"one!", 0x10) + reply(3, sent[0].sequence, bytes(4))
+
+    _, netfilter = talk(answers)
+    stream = netfilter.stream(ONE)
+    assert len(next(stream)[1]) == 1
+    with pytest.raises(NetlinkError) as caught:
+        next(stream)
+    assert caught.value.errno == errno.EINTR
+
+
+def test_a_refused_stream_names_the_error(talk):
+    _, netfilter = talk(lambda sent: [error(sent[0], errno.EPERM, b"no")])
+    with pytest.raises(NetlinkError, match="no"):
+        streamed(netfilter, ONE)
+
+
+@pytest.mark.parametrize("data", [b"short", reply(0x100, 1, b"x" * 8)[:-4]])
+def test_a_stream_of_something_else_is_a_decode_error(talk, data):
+    _, netfilter = talk(lambda _sent: [data])
+    with pytest.raises(DecodeError):
+        streamed(netfilter, ONE)
+
+
+def test_requests_one_by_one_name_those_that_were_refused(talk):
+    kernel, netfilter = talk(lambda sent: [error(sent[1], errno.ENOENT)])
+    assert netfilter.perform_each([ONE, TWO, ONE]) == [Failure(1, errno.ENOENT, "", 0)]
+    (joined,) = kernel.sent
+    assert [each.sequence for each in messages(joined)] == [2, 3, 4]
+    assert netfilter.perform_each([]) == []
+
+
+def test_a_request_without_an_answer_asks_for_its_acknowledgement(talk):
+    kernel, netfilter = talk(lambda sent: [error(sent[0], 0)])
+    netfilter.perform(TWO)
+    (sent,) = messages(kernel.sent[0])
+    assert sent.flags & 4
+    kernel.answer = lambda sent: [error(sent[0], errno.EINVAL)]
+    with pytest.raises(NetlinkError):
+        netfilter.perform(TWO)
