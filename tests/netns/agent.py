@@ -20,9 +20,10 @@ from proxy.demo.world import World
 from proxy.modes import open_dataplane
 from rules.forwarding import Backend, Family, ForwardingTable, Frontend, parse_address
 from rules.forwarding import Protocol as Transport
+from tests.netns.patience import TIME_SCALE
 from tests.scenarios.schema import Manifest, merge
 
-DEADLINE = 20.0
+DEADLINE = 20.0 * TIME_SCALE
 """Seconds after which the agent counts as stuck; nothing waits that long unless something is broken."""
 
 _MARKER = {Family.IPV4: ("198.18.0.1", "198.18.0.2"), Family.IPV6: ("2001:db8:ffff::1", "2001:db8:ffff::2")}
@@ -33,6 +34,8 @@ class Feed(Protocol):
     """How objects reach the agent."""
 
     arguments: list[str]
+    config: dict[str, Any]
+    """What the configuration must say for it."""
 
     def publish(self, objects: Iterable[Manifest]) -> None:
         """These are all objects; the agent learns of all changes at once."""
@@ -43,6 +46,7 @@ class ManifestFeed:
 
     def __init__(self, directory: Path) -> None:
         self.arguments = ["--manifests", str(directory)]
+        self.config: dict[str, Any] = {}
         self._file = directory / "objects.yaml"
         directory.mkdir()
 
@@ -61,6 +65,7 @@ class Agent:
         self.mode = mode
         self.families = (Family.IPV4, Family.IPV6) if world.ipv6 else (Family.IPV4,)
         self.log = directory / "agent.log"
+        self.run_directory = directory / "run"
         self._directory = directory
         self._feed: Feed = feed or ManifestFeed(directory / "manifests")
         self._config: dict[str, Any] | None = None
@@ -69,7 +74,9 @@ class Agent:
 
     def configure(self, fragment: dict[str, Any]) -> None:
         """Run with the standard configuration and a fragment merged into it; restart only if it is another."""
-        config = merge(_standard_config(self.mode), fragment)
+        config = merge(merge(_standard_config(self.mode), self._feed.config), fragment)
+        # Without a mode the meaning is that of iptables, on the dataplane that is preferred: here, on the one in test.
+        config["mode"] = config["mode"] or ("" if self.mode == "nftables" else self.mode)
         if config != self._config or self._process is None or self._process.poll() is not None:
             self.stop()
             self._config = config
@@ -77,11 +84,28 @@ class Agent:
 
     def start(self) -> None:
         """Start the agent with the configuration that it had."""
-        file = self._directory / "config.yaml"
-        file.write_bytes(msgspec.json.encode(self._config))
-        command = [sys.executable, "-m", "proxy", "run", "--config", str(file), *self._feed.arguments]
+        (self._directory / "config.yaml").write_bytes(msgspec.json.encode(self._config))
         with self.log.open("ab") as log:
-            self._process = self.world.start("node1", command, stdout=log, stderr=subprocess.STDOUT)
+            self._process = self.world.start("node1", self.command(), stdout=log, stderr=subprocess.STDOUT)
+
+    def command(self) -> list[str]:
+        """The agent's command line."""
+        file = self._directory / "config.yaml"
+        own = ["--config", str(file), "--run-directory", str(self.run_directory)]
+        return [sys.executable, "-m", "proxy", "run", *own, *self._feed.arguments]
+
+    @property
+    def pid(self) -> int:
+        """The agent's process, which must run."""
+        assert self._process is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End the agent without giving it a chance to do anything."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
     def stop(self) -> None:
         """Stop the agent, if it runs; the rules stay."""
@@ -153,7 +177,7 @@ class Agent:
                 deadline = 0.0
             assert time.monotonic() < deadline, f"{family.label}: {what}\nkernel: {table}\nlog:\n{self.tail()}"
             time.sleep(pause)
-            pause = min(pause * 2, 0.1)
+            pause = min(pause * 2, 0.1 * TIME_SCALE)
 
 
 def _standard_config(mode: str) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from proxy.demo.probes import Outcome, Probe, Server
 from proxy.demo.world import World
 from tests.netns.agent import Agent
 from tests.netns.judge import first_round, judge, owner_of
+from tests.netns.patience import TIME_SCALE
 from tests.netns.scapy_probes import probe_sctp
+from tests.scenarios.explaining import live, wrong_answer
 from tests.scenarios.schema import (
     CLUSTER,
     Answered,
@@ -24,9 +26,9 @@ from tests.scenarios.schema import (
     manifests,
 )
 
-ANSWER = 3.0
+ANSWER = 3.0 * TIME_SCALE
 """Seconds in which an answer or a refusal must come: none is ever this late."""
-DROP = 0.7
+DROP = 0.7 * TIME_SCALE
 """Seconds of silence that count as dropped: anything else comes within milliseconds."""
 
 
@@ -50,6 +52,7 @@ def run(scenario: Scenario, agent: Agent) -> None:
             else:
                 agent.apply(objects.values())
             wrong = probe_step(step, objects.values(), agent.world, agent.mode)
+            wrong += explain_step(step, agent)
             assert not wrong, _report(f"{scenario.name}, step {number} {step.about}".rstrip(), wrong, agent)
     except BaseException:
         agent.publish(base.values())
@@ -76,6 +79,16 @@ def probe_step(step: Step, objects: Iterable[Manifest], world: World, mode: str)
         wrong += [judgement.wrong for judgement in judgements.values() if judgement.wrong]
         due = {number: judgement.more for number, judgement in judgements.items() if judgement.more}
     return wrong
+
+
+def explain_step(step: Step, agent: Agent) -> list[str]:
+    """What `sluice explain` says otherwise of a step's probes, by what node1's kernel holds and nothing else."""
+    tables = [table for family in agent.families if (table := agent.read(family)) is not None]
+    wanted = [case for group in step.probes for case in cases(group, agent.mode)]
+    if not agent.world.ipv6:
+        wanted = [case for case in wanted if ":" not in case.target.address]
+    evidence = live(tables)
+    return [wrong for case in wanted if (wrong := wrong_answer(case, evidence))]
 
 
 def _report(where: str, wrong: list[str], agent: Agent) -> str:
