@@ -10,7 +10,13 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
 # Four workers on two cores: most of a scenario's time is waiting for packets that are dropped on purpose.
 WORKERS ?= 4
 
-.PHONY: help install demo test check format bench lock clean
+# Another kernel for the tests in a virtual machine: `make test-vm KERNEL=6.12`; see tests/vm/README.md.
+VM = $(BIN)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
+# Files are named, as collecting all tests costs a guest a minute.
+VM_PYTEST = $(BIN)/python -m pytest -v -p no:cacheprovider -p no:xdist -o faulthandler_timeout=300 \
+	--junitxml={results}/junit.xml tests/netns/test_scenarios.py
+
+.PHONY: help install demo test test-vm test-all vm-shell check format bench lock fuzz soak clean
 
 help:                ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +52,24 @@ demo: $(VENV)/.installed  ## a cluster in network namespaces, with real packets
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## unit tests, and scenarios on real packets (root)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+test-vm: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## the widest scenarios on a stock Debian kernel (KERNEL=6.12 for another)
+	@$(VM) --deadline 900 $(VM_PYTEST) -m vm
+
+test-all: test  ## everything that test runs, and all scenarios on a stock kernel
+	@$(VM) --deadline 3600 $(VM_PYTEST)
+
+vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a stock Debian kernel, over this file system
+	@$(VM) --shell
+
+bench: $(VENV)/.installed $(VENV)/.installed-programs  ## time and memory at 1,000 to 50,000 Services (root; SIZES=1000 for less)
+	@$(BIN)/python -m bench $(if $(SIZES),--sizes $(SIZES)) $(BENCH)
+
+fuzz: $(VENV)/.installed-dev  ## the decoders on arbitrary bytes, 20,000 examples of each kind
+	@$(BIN)/python -m pytest -q -n auto --hypothesis-profile=fuzz tests/unit -k "arbitrary or mutated or mutilated or any_"
+
+soak: $(VENV)/.installed $(VENV)/.installed-programs  ## 10 minutes of changes: flat memory, no drift (root; SOAK="--seconds 60" for less)
+	@$(BIN)/python -m bench.soak $(SOAK)
 
 check: $(VENV)/.installed-dev  ## style, types, and who imports whom
 	@$(BIN)/ruff check

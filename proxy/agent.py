@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -21,15 +20,18 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import metadata
 
-from proxy import modes
+from proxy import memory, modes
 from proxy.config.settings import Settings
 from proxy.desired import Desired
 from proxy.interfaces import watch_addresses
 from proxy.lock import HeldError, Lock
 from proxy.logs import get_logger
-from proxy.node import Interfaces, eligible, node_facts, normal_node_name
+from proxy.node import Interfaces, eligible, normal_node_name
 from proxy.objects import Key
+from proxy.reconciler import Reconciler
 from proxy.runner import Periods
+from proxy.serving.agent_server import AgentServer
+from proxy.serving.answers import Answers
 from proxy.serving.health import ProxyHealth
 from proxy.serving.healthcheck import HealthCheckServers
 from proxy.serving.metrics import Metrics
@@ -99,7 +101,12 @@ def _open_dataplanes(settings: Settings) -> list[Dataplane]:
             _log.warning("family not served", family=family.label, reason="it is switched off on this node")
             continue
         try:
-            opened.append(modes.open_dataplane(name, family))
+            dataplane = modes.open_dataplane(name, family)
+            with contextlib.ExitStack() as undo:
+                undo.callback(dataplane.close)
+                dataplane.check()
+                undo.pop_all()
+            opened.append(dataplane)
         except UnavailableError as error:
             if not opened:
                 raise
@@ -124,13 +131,13 @@ async def _open_source(settings: Settings, node_name: str) -> Source:
 class _Told(Observer):
     """What syncs tell: to health and metrics, and to whoever waits for their effects."""
 
-    def __init__(self, health: ProxyHealth, metrics: Metrics, on_success: Callable[[Family], None]) -> None:
+    def __init__(self, health: ProxyHealth, metrics: Metrics, on_success: Callable[[Family, Applied], None]) -> None:
         super().__init__(health, metrics)
         self._on_success = on_success
 
     def succeeded(self, family: Family, seconds: float, applied: Applied) -> None:
         super().succeeded(family, seconds, applied)
-        self._on_success(family)
+        self._on_success(family, applied)
 
 
 class _Agent:
@@ -149,7 +156,8 @@ class _Agent:
         periods = Periods(minimum=settings.min_sync_period, retry=settings.sync_period)
         told = _Told(self._health, self._metrics, self._on_success)
         self._syncs = [
-            FamilySync(dataplane, self._desired, self._state, periods, told) for dataplane in self._dataplanes
+            FamilySync(dataplane, self._desired, self._state, periods, told, policy=settings.drift_policy)
+            for dataplane in self._dataplanes
         ]
         self._checks = {
             family: HealthCheckServers(
@@ -157,12 +165,16 @@ class _Agent:
             )
             for family in families
         }
+        self._reconcilers = {
+            family: Reconciler(family, partial(self._desired.serving, family), self._metrics.reconciled)
+            for family in families
+        }
         self._effects = {family: asyncio.Event() for family in families}
-        self._interfaces: Interfaces = {}
         self._interfaces_known = asyncio.Event()
         self._changed = asyncio.Event()
         self._pod_cidrs: tuple[str, ...] | None = None
-        self._unfrozen = set(families)
+        self._unsettled = set(families)
+        """Families whose first sync is still to come."""
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT.
@@ -170,6 +182,8 @@ class _Agent:
         Raises:
             FatalError: the agent cannot go on, or a server cannot listen and the configuration wants it to end then.
         """
+        memory.expect_much()
+        asyncio.get_running_loop().call_later(memory.LONGEST, memory.give_up)
         source = await _open_source(self._settings, self._node_name)
         _log.info(
             "starting",
@@ -195,7 +209,9 @@ class _Agent:
                     group.create_task(self._serve(), name="serve"),
                     group.create_task(self._sync(), name="sync"),
                     *(group.create_task(self._apply_effects(family), name="checks") for family in self._checks),
+                    *(group.create_task(each.run(), name="conntrack") for each in self._reconcilers.values()),
                     group.create_task(self._watch_strangers(), name="strangers"),
+                    group.create_task(self._answer(source), name="agent socket"),
                 ]
                 await stop.wait()
                 _log.info("ending", rules="stay as they are")
@@ -222,7 +238,6 @@ class _Agent:
             sync.request()
 
     def _on_interfaces(self, interfaces: Interfaces) -> None:
-        self._interfaces = interfaces
         self._interfaces_known.set()
         self._desired.set_interfaces(interfaces)
         for sync in self._syncs:
@@ -245,23 +260,23 @@ class _Agent:
     async def _watch_strangers(self) -> None:
         """Look at the kernel again when another process touched our rules (DESIGN 4.2)."""
         loop = asyncio.get_running_loop()
-        touched = asyncio.Event()
         try:
             watch = modes.watch(self._dataplanes)
         except OSError as error:
             _log.warning("changes by other processes are noticed hourly only", reason=str(error))
             return
         with contextlib.closing(watch):
-            loop.add_reader(watch.fileno(), lambda: touched.set() if watch.touched() else None)
+            loop.add_reader(watch.fileno(), self._doubt, watch)
             try:
-                while True:
-                    await touched.wait()
-                    touched.clear()
-                    _log.warning("another process touched our rules: reading them")
-                    for sync in self._syncs:
-                        sync.doubt()
+                await loop.create_future()
             finally:
                 loop.remove_reader(watch.fileno())
+
+    def _doubt(self, watch: modes.Watch) -> None:
+        for family, by in watch.touched():
+            for sync in self._syncs:
+                if sync.family is family:
+                    sync.doubt([by] if by is not None else [])
 
     # --- what goes out ---------------------------------------------------------------------------------------
 
@@ -312,21 +327,44 @@ class _Agent:
     async def _serve(self) -> None:
         await serve(self._settings, self._health, self._metrics, proxy_mode=self._settings.behaviour)
 
-    def _on_success(self, family: Family) -> None:
-        if self._unfrozen:
-            # What the first lists brought is here to stay: collections of garbage need not look at it again, which
-            # at 10,000 Services would hold up the loop for a tenth of a second each time.
-            self._unfrozen.discard(family)
-            if not self._unfrozen:
-                gc.freeze()
+    async def _answer(self, source: Source) -> None:
+        """Serve the agent's socket (DESIGN 4.12)."""
+        answers = Answers(
+            settings=self._settings,
+            node_name=self._node_name,
+            source=source,
+            state=self._state,
+            desired=self._desired,
+            syncs=self._syncs,
+            health=self._health,
+        )
+        await AgentServer(self._settings.run_directory, answers.answer).run()
+
+    def _on_success(self, family: Family, applied: Applied) -> None:
+        if self._unsettled:
+            self._unsettled.discard(family)
+            if not self._unsettled:
+                memory.settle()
         now = time.time()
         for trigger in self._desired.take_triggers(family):
             self._metrics.programming_latency(family, now - trigger.time)
+        self._reconcilers[family].written(self._desired.take_changes(family), applied)
         self._effects[family].set()
+
+    async def _remove_other_modes(self, family: Family) -> None:
+        """Take away what an agent in another mode has left: our own rules are in place, so nobody notices."""
+        [dataplane] = (each for each in self._dataplanes if each.family is family)
+        try:
+            for name in await asyncio.to_thread(modes.remove_others, dataplane):
+                _log.info("removed what another mode had left", mode=name, family=family.label)
+        except DataplaneError as error:
+            _log.warning("what another mode has left stays", family=family.label, reason=str(error))
 
     async def _apply_effects(self, family: Family) -> None:
         """After each sync: health-check node ports, and what metrics say of the tables (IPT-27)."""
         checks = self._checks[family]
+        await self._effects[family].wait()
+        await self._remove_other_modes(family)
         while True:
             await self._effects[family].wait()
             self._effects[family].clear()
@@ -336,10 +374,7 @@ class _Agent:
             self._metrics.troubles(counts.troubles)
             self._metrics.no_local(family, no_local.internal, no_local.external)
             self._metrics.routes(family, self._desired.size(family))
-            facts = node_facts(
-                self._settings, self._state.node, self._interfaces, standalone=bool(self._settings.manifests)
-            )
-            await checks.set_addresses(facts[family].node_port_addresses)
+            await checks.set_addresses(self._desired.facts(family).node_port_addresses)
             await checks.sync(self._desired.health_checks(family))
 
 

@@ -10,10 +10,11 @@ the last one.  What was changed and changed back in between is no change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from proxy.compute import NOTHING, Outcome
+from proxy.conntrack import Change, Serving, change
 from proxy.objects import Key, Metadata
 from rules.forwarding import Delta, Endpoint, Family, ForwardingTable, Frontend, NodeFacts, Route
 
@@ -59,9 +60,12 @@ class Assembler:
         self._contested: dict[Frontend, set[Key]] = {}
         """All who claim a frontend that more than one does, the winner among them."""
         self._hairpins: dict[Endpoint, int] = {}
+        self._serving: dict[Frontend, Serving] = {}
+        """Of the frontends' owners; see `Outcome.serving`."""
         # What the last delta led to, for what was touched since.
         self._routes_before: dict[Frontend, Route | None] = {}
         self._hairpins_before: dict[Endpoint, bool] = {}
+        self._serving_before: dict[Frontend, Serving | None] = {}
         self._node_before = self._node
 
     @property
@@ -72,13 +76,16 @@ class Assembler:
         """The Service at `key` comes to `outcome` now; None: it is gone."""
         old = self._outcomes.get(key, NOTHING)
         new = outcome or NOTHING
+        if old is NOTHING and not (new.routes or new.hairpins):
+            return  # the other family's Services, mostly
         if new.routes or new.hairpins:
             self._outcomes[key] = new
         else:
             self._outcomes.pop(key, None)
         moved = self._precedences.get(key) not in (None, precedence)
-        for frontend in old.routes.keys() - new.routes.keys():
-            self._withdraw(key, frontend)
+        for frontend in old.routes:
+            if frontend not in new.routes:
+                self._withdraw(key, frontend)
         if new.routes:
             self._precedences[key] = precedence
         else:
@@ -90,10 +97,8 @@ class Assembler:
                 self._elect(frontend)
             elif self._owners[frontend] == key and self._routes[frontend] is not route:
                 self._put(frontend, route)
-        for endpoint in new.hairpins - old.hairpins:
-            self._count(endpoint, 1)
-        for endpoint in old.hairpins - new.hairpins:
-            self._count(endpoint, -1)
+        self._recount(old.hairpins, new.hairpins)
+        self._tend(old.serving.keys() | new.serving.keys())
 
     def set_node(self, facts: NodeFacts) -> None:
         """What holds for every route from now on."""
@@ -124,11 +129,32 @@ class Assembler:
         self._node_before = self._node
         return delta
 
+    def take_changes(self) -> dict[Frontend, Change]:
+        """What became, since the last call, of the frontends whose stale flows are deleted."""
+        changes = {}
+        for frontend, before in self._serving_before.items():
+            after = self._serving.get(frontend)
+            # A Service that no longer asks for it has its flows left alone from now on.
+            if after != before and (after is not None or frontend not in self._routes):
+                changes[frontend] = change(before, after)
+        self._serving_before = {}
+        return changes
+
+    @property
+    def serving(self) -> Mapping[Frontend, Serving]:
+        """The endpoints that serve each frontend whose stale flows are deleted."""
+        return self._serving
+
     def table(self) -> ForwardingTable:
         """The table of now; it does not change with later updates."""
         return ForwardingTable(
             family=self._family, node=self._node, routes=dict(self._routes), hairpins=frozenset(self._hairpins)
         )
+
+    @property
+    def node(self) -> NodeFacts:
+        """What holds for every route."""
+        return self._node
 
     @property
     def size(self) -> int:
@@ -167,6 +193,7 @@ class Assembler:
         winner = self._ranked(self._contested[frontend])[0]
         self._owners[frontend] = winner
         self._put(frontend, self._outcomes[winner].routes[frontend])
+        self._tend([frontend])
 
     def _ranked(self, keys: Iterable[Key]) -> list[Key]:
         return sorted(keys, key=self._precedences.__getitem__)
@@ -177,6 +204,27 @@ class Assembler:
             del self._routes[frontend]
         else:
             self._routes[frontend] = route
+
+    def _tend(self, frontends: Iterable[Frontend]) -> None:
+        """Take over what the frontends' owners say of their flows."""
+        for frontend in frontends:
+            owner = self._owners.get(frontend)
+            now = None if owner is None else self._outcomes[owner].serving.get(frontend)
+            before = self._serving.get(frontend)
+            if now == before:
+                continue
+            self._serving_before.setdefault(frontend, before)
+            if now is None:
+                del self._serving[frontend]
+            else:
+                self._serving[frontend] = now
+
+    def _recount(self, old: frozenset[Endpoint], new: frozenset[Endpoint]) -> None:
+        if old != new:
+            for endpoint in new - old:
+                self._count(endpoint, 1)
+            for endpoint in old - new:
+                self._count(endpoint, -1)
 
     def _count(self, endpoint: Endpoint, change: int) -> None:
         count = self._hairpins.get(endpoint, 0)

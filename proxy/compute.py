@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from proxy.conntrack import Serving
 from proxy.objects import EndpointSlice, Service, ServicePort
 from proxy.selection import Member, Misfit, PortKey, Reason, Selection, members, merge, select, verdict
 from proxy.service_spec import Exposure, exposure_of
@@ -87,6 +88,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     no_local_internal: int = 0
     """Service ports with endpoints, none of which internal policy admits here (SEL-12)."""
     no_local_external: int = 0
+    serving: Mapping[Frontend, Serving] = {}
+    """All endpoints that serve a frontend, used or not, of frontends whose stale flows are deleted: UDP, and TCP where
+    the Service asks for it (CT-2)."""
     problems: tuple[str, ...] = ()
     """What was left out of the Service and why, a line each."""
 
@@ -108,6 +112,7 @@ def compute(service: Service, slices: Iterable[EndpointSlice], view: View, famil
     endpoints = _endpoints(slices, view, family, problems)
     routes: dict[Frontend, Route] = {}
     hairpins: set[Endpoint] = set()
+    serving: dict[Frontend, Serving] = {}
     no_local_internal = no_local_external = 0
     for port in service.spec.ports:
         protocol = _PROTOCOLS.get(port.protocol)
@@ -122,17 +127,21 @@ def compute(service: Service, slices: Iterable[EndpointSlice], view: View, famil
         label = _label(service, port)
         guard = selection.has_any or view.semantics.firewall_before_refusal
         used: set[Backend] = set()
+        tended = protocol is Protocol.UDP or (protocol is Protocol.TCP and exposure.forget_unanswered)
+        alive = frozenset(member.backend for member in merged if member.serving or member.ready) if tended else None
         for frontend, route in _routes(port, protocol, exposure, selection, guard=guard, label=label):
             if (taken := routes.get(frontend)) is None:
                 routes[frontend] = route
                 used |= route.backends
                 used |= route.local_backends or frozenset()
+                if alive is not None:
+                    serving[frontend] = alive
             elif taken.label != route.label or taken.kind is route.kind:
                 problems.append(f"{frontend} stands in it twice: the first one, {taken.label}, is served")
         hairpins.update(
             Endpoint(member.backend.address, protocol, member.backend.port)
             for member in merged
-            if member.backend in used and (member.local or view.semantics.hairpin_remote)
+            if (member.local or view.semantics.hairpin_remote) and member.backend in used
         )
     return Outcome(
         routes=routes,
@@ -140,6 +149,7 @@ def compute(service: Service, slices: Iterable[EndpointSlice], view: View, famil
         health_check=_health_check(service, exposure, endpoints, problems),
         no_local_internal=no_local_internal,
         no_local_external=no_local_external,
+        serving=serving,
         problems=tuple(dict.fromkeys(problems)),
     )
 

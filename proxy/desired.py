@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from proxy.assemble import Assembler, precedence_of
-from proxy.compute import HealthCheck, Outcome, View, compute
+from proxy.assemble import Assembler, Conflict, precedence_of
+from proxy.compute import Decision, HealthCheck, Outcome, View, compute, decide
 from proxy.config.settings import Settings
+from proxy.conntrack import Change, Serving, compose
 from proxy.node import Interfaces, node_facts, view_of
 from proxy.objects import Key, Metadata
 from proxy.state import State, Trigger
-from rules.forwarding import Delta, Family, ForwardingTable
+from rules.forwarding import Delta, Family, ForwardingTable, Frontend, NodeFacts
 
 _SLICE = 100
 """Services that are computed in one go: some 5 ms."""
@@ -43,7 +44,11 @@ class Desired:
         self._aside: dict[Family, dict[Key, Outcome]] = {family: {} for family in self._assemblers}
         """Outcomes of which more than routes matters: health checks, policies that admit nobody."""
         self._triggers: dict[Family, list[Trigger]] = {family: [] for family in self._assemblers}
+        self._changes: dict[Family, dict[Frontend, Change]] = {family: {} for family in self._assemblers}
+        """Those in deltas that were taken."""
         self._conflicts: set[str] = set()
+        self._troubled: set[Key] = set()
+        """Services that the state was told something about."""
         self._interfaces: Interfaces = {}
         self._interfaces_changed = False
         self._view: View | None = None
@@ -62,7 +67,8 @@ class Desired:
             if self._view is None or changes.node or changes.service_cidrs or self._interfaces_changed:
                 self._interfaces_changed = False
                 if self._take_node():
-                    services = {*self._state.services, *changes.services}
+                    # In the order in which they lie in memory: a quarter faster than in that of a set.
+                    services = [*self._state.services, *changes.services.difference(self._state.services)]
             for count, key in enumerate(services, 1):
                 self._compute(key)
                 if count % _SLICE == 0:
@@ -74,7 +80,22 @@ class Desired:
 
     def take_delta(self, family: Family) -> Delta:
         """What makes the table of the last call into the one of now."""
+        pending = self._changes[family]
+        for frontend, each in self._assemblers[family].take_changes().items():
+            pending[frontend] = compose(pending[frontend], each) if frontend in pending else each
         return self._assemblers[family].take_delta()
+
+    def take_changes(self, family: Family) -> Mapping[Frontend, Change]:
+        """What became of frontends whose stale flows are deleted, in the deltas that were taken since the last call.
+
+        To be called once those have become rules.
+        """
+        taken, self._changes[family] = self._changes[family], {}
+        return taken
+
+    def serving(self, family: Family) -> Mapping[Frontend, Serving]:
+        """The endpoints that serve each frontend whose stale flows are deleted; it changes with later refreshes."""
+        return self._assemblers[family].serving
 
     def take_triggers(self, family: Family) -> list[Trigger]:
         """When the changes since the last call happened in the cluster."""
@@ -84,6 +105,21 @@ class Desired:
     def table(self, family: Family) -> ForwardingTable:
         """The whole table of now."""
         return self._assemblers[family].table()
+
+    def conflicts(self, family: Family) -> tuple[Conflict, ...]:
+        """The frontends that several Services claim."""
+        return self._assemblers[family].conflicts()
+
+    def facts(self, family: Family) -> NodeFacts:
+        """What holds for every route."""
+        return self._assemblers[family].node
+
+    def decisions(self, key: Key, family: Family) -> tuple[Decision, ...]:
+        """What becomes of each endpoint of a Service, and why; nothing for one that is not known."""
+        service = self._state.services.get(key)
+        if service is None or self._view is None:
+            return ()
+        return decide(service, self._state.slices_of(key), self._view, family)
 
     def size(self, family: Family) -> int:
         """How many frontends the table has."""
@@ -133,22 +169,26 @@ class Desired:
     def _compute(self, key: Key) -> None:
         assert self._view is not None
         service = self._state.services.get(key)
+        slices = self._state.slices_of(key)
+        precedence = precedence_of(service.metadata if service is not None else Metadata())
         problems: list[str] = []
         for family, assembler in self._assemblers.items():
             aside = self._aside[family]
             if service is None:
                 aside.pop(key, None)
-                assembler.update(key, precedence_of(Metadata()), None)
+                assembler.update(key, precedence, None)
                 continue
             try:
-                outcome = compute(service, self._state.slices_of(key), self._view, family)
+                outcome = compute(service, slices, self._view, family)
             except Exception as error:  # noqa: BLE001  # one object must not stop the others (DESIGN 4.4)
                 problems.append(f"internal error, its {family.label} rules stay as they were: {error!r}")
                 continue
-            assembler.update(key, precedence_of(service.metadata), outcome)
+            assembler.update(key, precedence, outcome)
             problems += (problem for problem in outcome.problems if problem not in problems)
             if outcome.health_check or outcome.no_local_internal or outcome.no_local_external:
                 aside[key] = outcome
             else:
                 aside.pop(key, None)
-        self._state.trouble("compute", f"Service {key}", "; ".join(problems) or None)
+        if problems or key in self._troubled:
+            self._state.trouble("compute", f"Service {key}", "; ".join(problems) or None)
+            (self._troubled.add if problems else self._troubled.discard)(key)

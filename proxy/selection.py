@@ -101,10 +101,11 @@ def members(
     slices: Iterable[EndpointSlice], family: Family, node_name: str
 ) -> Iterator[tuple[PortKey, Member] | Misfit]:
     """What the slices of a Service hold for one family, in an order that depends on nothing but their content."""
+    label = family.label
     for each in sorted(slices, key=_name):
         if HEADLESS_LABEL in each.metadata.labels:  # EPS-1; an API server would have left it out
             continue
-        if each.address_type == family.label:
+        if each.address_type == label:
             yield from _slice_members(each, family, node_name)
         elif each.address_type not in _ADDRESS_TYPES:
             yield Misfit(each.metadata.name, each.address_type or "no addressType", Reason.BAD_ADDRESS_TYPE)
@@ -143,7 +144,10 @@ def select(endpoints: Sequence[Member], node_name: str, zone: str) -> Selection:
     ready = [member for member in endpoints if member.ready]
     topology = topology_of(ready, node_name, zone)
     usable = ready or [member for member in endpoints if member.fallback]
-    cluster = frozenset([member.backend for member in usable if _hinted(member, topology, node_name, zone)])
+    hinted = usable
+    if topology is not Topology.NONE:
+        hinted = [member for member in usable if _hinted(member, topology, node_name, zone)]
+    cluster = frozenset([member.backend for member in hinted])
     local_ready = [member.backend for member in ready if member.local]
     local = frozenset(local_ready or [member.backend for member in endpoints if member.local and member.fallback])
     return Selection(
@@ -159,6 +163,8 @@ def select(endpoints: Sequence[Member], node_name: str, zone: str) -> Selection:
 
 def topology_of(ready: Sequence[Member], node_name: str, zone: str) -> Topology:
     """The topology mode, from the hints of the ready endpoints alone (SEL-6)."""
+    if not ready or not (ready[0].nodes or ready[0].zones):
+        return Topology.NONE  # hints count where all have them: most Services have none at all
     if all(member.nodes for member in ready) and any(_named(member.nodes, node_name) for member in ready):
         return Topology.SAME_NODE
     if all(member.zones for member in ready) and any(_named(member.zones, zone) for member in ready):
@@ -193,8 +199,6 @@ def _unfit(member: Member, *, ready: bool) -> Reason | None:
 
 
 def _hinted(member: Member, topology: Topology, node_name: str, zone: str) -> bool:
-    if topology is Topology.NONE:
-        return True
     if topology is Topology.SAME_NODE:
         return _named(member.nodes, node_name)
     return _named(member.zones, zone)
@@ -234,19 +238,14 @@ def _slice_members(each: EndpointSlice, family: Family, node_name: str) -> Itera
         if len(address) != size:
             yield Misfit(name, repr(text), Reason.BAD_ADDRESS)
             continue
-        conditions = endpoint.conditions
+        conditions, hints, node = endpoint.conditions, endpoint.hints, endpoint.node_name
+        local = node != "" and node == node_name
+        ready, serving = conditions.ready is not False, conditions.serving is not False
+        terminating = conditions.terminating is True
         for key, number in ports:
+            # By position, in the order of the fields: for each endpoint of a cluster, names cost as much as the rest.
+            backend = Backend(address, number)
             yield (
                 key,
-                Member(
-                    backend=Backend(address, number),
-                    node=endpoint.node_name,
-                    local=endpoint.node_name != "" and endpoint.node_name == node_name,
-                    ready=conditions.ready is not False,
-                    serving=conditions.serving is not False,
-                    terminating=conditions.terminating is True,
-                    zones=endpoint.hints.for_zones,
-                    nodes=endpoint.hints.for_nodes,
-                    slice=name,
-                ),
+                Member(backend, node, local, ready, serving, terminating, hints.for_zones, hints.for_nodes, name),
             )

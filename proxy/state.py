@@ -148,6 +148,10 @@ class State:
         return self._services
 
     @property
+    def slices(self) -> Mapping[Key, EndpointSlice]:
+        return self._slices
+
+    @property
     def node(self) -> Node | None:
         """The own Node, as it was last seen."""
         return self._node

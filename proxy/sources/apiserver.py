@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Self
 
@@ -28,6 +28,7 @@ from proxy.objects import (
     ServiceCIDR,
     decode_json,
 )
+from proxy.report import Followed
 from proxy.sources.base import Resource, Sink
 from proxy.sources.credentials import SERVICE_ACCOUNT, Credentials, Keyring, load
 from proxy.sources.progress import Progress, Settings, Statistics, Timing
@@ -118,6 +119,13 @@ class ApiServer:
         """How each resource is followed."""
         return {resource: progress.statistics() for resource, progress in self._progress.items()}
 
+    def followed(self) -> Sequence[Followed]:
+        """How far behind each resource is."""
+        return [
+            Followed(what=resource.value, state=each.state.value, lag=each.lag, changed=each.changed, error=each.error)
+            for resource, each in self.statistics().items()
+        ]
+
     async def run(self, sink: Sink) -> None:
         """Report to `sink` until cancelled.
 
@@ -165,7 +173,10 @@ class Reporter:
         self._troubled: set[Key] = set()
 
     async def listed(self, listed: Listed) -> bool:
-        """Report a complete list; False: it is in doubt, and nothing was reported (DESIGN 4.4)."""
+        """Report a complete list; False: it is in doubt, and nothing was reported (DESIGN 4.4).
+
+        It uses up the list's items: whoever handed it on may hold it until the next event comes.
+        """
         objects, bad = await self._decoded(listed.items)
         # The sink has an older form of these.
         kept = bad.keys() & self._known
@@ -192,9 +203,11 @@ class Reporter:
         """The objects of a list, and what is wrong with those that are none."""
         objects: dict[Key, Object] = {}
         bad: dict[Key, str] = {}
-        for index, item in enumerate(items):
-            if index % AT_A_TIME == AT_A_TIME - 1:
+        items.reverse()
+        while items:
+            if len(items) % AT_A_TIME == 0:
                 await asyncio.sleep(0)
+            item = items.pop()  # from the front of the list; its bytes are free from here on
             try:
                 value = self._decode(item)
                 objects[value.key] = value

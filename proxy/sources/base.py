@@ -9,10 +9,11 @@ written) it stays silent, and what was reported before holds.
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from proxy.objects import EndpointSlice, Key, Node, Object, Service, ServiceCIDR
+from proxy.report import Followed
 
 
 class Resource(enum.Enum):
@@ -65,6 +66,9 @@ class Source(Protocol):
     @property
     def description(self) -> str:
         """For the log and `sluice status`: `manifests /etc/sluice/manifests`, `https://10.0.0.1:6443`."""
+
+    def followed(self) -> Sequence[Followed]:
+        """How far behind it is, for `sluice status`."""
 
     async def run(self, sink: Sink) -> None:
         """Report to `sink` until cancelled."""

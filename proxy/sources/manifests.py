@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -31,6 +32,7 @@ from typing import NamedTuple, TypeVar
 from asyncinotify import Inotify
 
 from proxy.objects import Key, Object
+from proxy.report import Followed
 from proxy.sources.base import Resource, Sink
 from proxy.sources.manifest_files import Files, Tools, Unreadable, printable, scan
 from proxy.sources.manifest_objects import ORIGIN, FileError, Loaded, Problem, merge, parse
@@ -145,10 +147,25 @@ class ManifestSource:
         self._handed: Objects | None = None
         self._confirm_at: float | None = None
         self._complaints: dict[str, str] = {}
+        self._looked: float | None = None
+        self._changed: float | None = None
 
     @property
     def description(self) -> str:
         return f"manifests {self._subject}"
+
+    def followed(self) -> Sequence[Followed]:
+        """When the files were last looked at."""
+        now = time.monotonic()
+        return [
+            Followed(
+                what="files",
+                state="waiting" if self._handed is None else "watching",
+                lag=None if self._looked is None else now - self._looked,
+                changed=None if self._changed is None else now - self._changed,
+                error=self._complaints.get(self._subject, ""),
+            )
+        ]
 
     async def run(self, sink: Sink) -> None:
         """Report to `sink` until cancelled; once per object, as no run follows another.
@@ -176,6 +193,7 @@ class ManifestSource:
             again = self._confirm_at is not None and now() >= self._confirm_at
             look = await self._in_thread(partial(self._look, watcher, again=again))
             self._files, self._loaded = look.files, look.loaded
+            self._looked = time.monotonic()
             problems = [*standing, *look.problems]
             if look.changes is not None:
                 changes = look.changes
@@ -283,6 +301,7 @@ class ManifestSource:
                 for key in sorted(changes[resource].gone):
                     sink.delete(resource, key)
         self._handed = {resource: change.objects for resource, change in changes.items()}
+        self._changed = time.monotonic()
 
     def _complain(self, sink: Sink, problems: Iterable[Problem]) -> None:
         """Tell of problems that are new, others than before, or gone."""

@@ -56,6 +56,12 @@ class Event(NamedTuple):
     object: msgspec.Raw
     head: Head
 
+    @property
+    def ends_list(self) -> bool:
+        """Whether it is the bookmark behind the objects of a streaming list."""
+        # An object that somebody has given the same annotation ends nothing.
+        return self.type == "BOOKMARK" and self.head.ends_initial_events
+
 
 class Listed(NamedTuple):
     """Everything there is."""
@@ -159,7 +165,7 @@ class Reflector:
                     for line in lines.feed(chunk):
                         event = _event(line)
                         self._progress.heard(event.head.version, event=event.type != "BOOKMARK")
-                        initial = initial and not event.head.ends_initial_events
+                        initial = initial and not event.ends_list
                         if event.type in EVENTS:
                             yield event
         except WireError as error:
@@ -318,14 +324,16 @@ async def _streamed_list(events: AsyncGenerator[Event, None]) -> Listed:
     """
     found: dict[Key | int, msgspec.Raw] = {}
     async for event in events:
-        # An object without a name is nobody's double; it is complained about later.
-        key = event.head.key if event.head.key.name else len(found)
-        if event.head.ends_initial_events:
-            return Listed(list(found.values()), event.head.version)
+        if event.type == "BOOKMARK":
+            if event.ends_list:
+                return Listed(list(found.values()), event.head.version)
+            continue
+        key = event.head.key
         if event.type == "DELETED":
             found.pop(key, None)
-        elif event.type != "BOOKMARK":
-            found[key] = event.object
+        else:
+            # An object without a name is nobody's double; it is complained about later.
+            found[key if key.name else len(found)] = event.object
     raise UnreachableError("the server ended the list before it was complete")
 
 
