@@ -9,11 +9,12 @@ Started under the name `kube-proxy`, this is `sluice run`.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +22,9 @@ from proxy.config import flags
 from proxy.config.errors import ConfigError
 from proxy.config.flags import Flag
 from proxy.config.values import Type
+
+if TYPE_CHECKING:
+    from proxy.config.settings import Settings
 
 TRACEBACK = "SLUICE_TRACEBACK"
 """Environment variable: set, it shows where an internal error came from."""
@@ -199,12 +203,12 @@ def render(ctx: click.Context, /, filename: str, output: str, **params: Any) -> 
 @click.option(
     "-o",
     "--output",
-    type=click.Choice(["table", "wide", "json", "yaml"]),
+    type=click.Choice(["table", "wide", "json", "yaml", "raw"]),
     default="table",
-    help="how to print it [table]",
+    help="how to print it; raw: the rules and elements themselves, each with its Service [table]",
 )
 def dump(namespace: str, service: str, address: str, port: int | None, output: str) -> int:
-    """What the kernel holds now, by Service, decompiled from its own rules."""
+    """What the kernel holds now, by Service, decompiled from its own rules.  No agent needs to run."""
     from proxy import dump as verb  # noqa: PLC0415  # see the head of this module
     from proxy.addresses import lenient_address  # noqa: PLC0415  # likewise
 
@@ -214,6 +218,101 @@ def dump(namespace: str, service: str, address: str, port: int | None, output: s
         raise click.UsageError(f"--address: {error}") from None
     wanted = verb.Filter(namespace, service, packed, port or 0)
     return verb.main(output, wanted)  # type: ignore[arg-type]  # click has checked it
+
+
+@sluice.command(
+    cls=GoCommand, flag_names=(*_NODE_FLAGS, "run-directory"), short_help="What becomes of one connection, and why."
+)
+@click.argument("target", metavar="ADDRESS:PORT[/PROTO]|NAMESPACE/SERVICE[:PORT]")
+@click.option("--from", "source", default="", metavar="ADDRESS|pod|node|outside", help="who connects")
+@click.option("--interface", default="", metavar="NAME", help="by which interface its packets come in")
+@click.option("-f", "--filename", default="", metavar="FILE|DIR", help="explain manifests; - reads standard input")
+@click.option("--live", is_flag=True, help="explain what this node's kernel holds; with -f, compare both")
+@click.option("--node-addresses", default="", metavar="LIST", help="with -f: the node's addresses [of its Node object]")
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="how to print it [text]")
+@click.pass_context
+def explain(ctx: click.Context, /, target: str, output: str, **params: Any) -> int:
+    """What becomes of one connection to a Service, step by step, and why.
+
+    By an address, or by a Service's name for all its frontends.  It goes by what the running agent wants, else by what
+    the kernel holds; with -f by manifests, as one node would have it (see render).  Nothing is sent.
+
+    Ends with 0 if the connection works, 1 if it does not, 2 if nobody can tell.
+    """
+    from proxy.config.settings import Settings  # noqa: PLC0415  # see the head of this module
+    from proxy.explain import verb  # noqa: PLC0415  # likewise
+    from proxy.explain.gather import Where  # noqa: PLC0415  # likewise
+
+    given = _given(ctx, params)
+    needless = next((name for name, _ in given if name != "run-directory"), None)
+    if needless and not params["filename"]:
+        raise click.UsageError(f"--{needless} says how manifests are meant: it needs -f")
+    settings = Settings()
+    if given or params["filename"]:
+        from proxy.config.load import load  # noqa: PLC0415  # likewise
+
+        loaded = load(given)
+        settings = loaded.settings
+        for warning in loaded.warnings:
+            _complain(ctx.command_path, warning)
+    where = Where(
+        filename=params["filename"],
+        node_addresses=tuple(filter(None, params["node_addresses"].split(","))),
+        live=params["live"],
+        run_directory=settings.run_directory,
+    )
+    return verb.main(target, params["source"], where, settings, interface=params["interface"], as_json=output == "json")
+
+
+@sluice.command(cls=GoCommand, flag_names=(*_NODE_FLAGS, "run-directory"), short_help="Kernel against wanted table.")
+@click.option(
+    "-f", "--filename", default="", metavar="FILE|DIR", help="manifests, in place of the agent; - reads stdin"
+)
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="how to print it [text]")
+@click.pass_context
+def verify(ctx: click.Context, /, filename: str, output: str, **params: Any) -> int:
+    """Whether the kernel holds the wanted table: the running agent's, or what manifests come to.
+
+    What differs is printed as a diff.  Ends with 0 if nothing does, 1 if something does, 2 if it cannot be told.
+    """
+    from proxy import verify as verb  # noqa: PLC0415  # see the head of this module
+
+    given = _given(ctx, params)
+    needless = next((name for name, _ in given if name not in {"config", "run-directory"}), None)
+    if needless and not filename:
+        raise click.UsageError(f"--{needless} says how manifests are meant: it needs -f")
+    settings = _settings(ctx, given)
+    return verb.main(settings, filename, output)  # type: ignore[arg-type]  # click has checked it
+
+
+@sluice.command(cls=GoCommand, flag_names=("config", "run-directory"), short_help="The running agent.")
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="how to print it [text]")
+@click.pass_context
+def status(ctx: click.Context, /, output: str, **params: Any) -> int:
+    """The running agent: mode, source, last syncs, drift, and what is wrong.
+
+    Ends with 0 if the kernel holds what it should, 1 if a sync fails or drift is left, 2 if no agent answers.
+    """
+    from proxy import status as verb  # noqa: PLC0415  # see the head of this module
+
+    settings = _settings(ctx, _given(ctx, params))
+    return verb.main(output, settings.run_directory)  # type: ignore[arg-type]  # click has checked it
+
+
+@sluice.command(cls=GoCommand, flag_names=("config", "run-directory"), short_help="Flows through Services.")
+@click.option("--delete-stale", is_flag=True, help="delete the stale ones, and print those alone")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", help="how to print it [table]")
+@click.pass_context
+def conntrack(ctx: click.Context, /, delete_stale: bool, output: str, **params: Any) -> int:
+    """Flows through Services: their clients and backends, and whether they are stale.
+
+    UDP flows are stale when their endpoint serves no longer; TCP connections are left to drain.  Without a running
+    agent an endpoint that terminates and still serves counts as gone.
+    """
+    from proxy import flows as verb  # noqa: PLC0415  # see the head of this module
+
+    directory = _settings(ctx, _given(ctx, params)).run_directory
+    return verb.main(output, delete_stale=delete_stale, run_directory=directory)  # type: ignore[arg-type]  # as above
 
 
 @sluice.command(short_help="Remove everything of ours.")
@@ -238,6 +337,9 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
         args.insert(0, "run")
     verb = next((each for each in args if not each.startswith("-")), "")
     shown = f"sluice {verb}" if verb in sluice.commands else "sluice"
+    if arguments is None and verb not in {"run", "demo"}:
+        # A verb that ends soon leaves its garbage to the end: looking for it would double the time of a large dump.
+        gc.disable()
     try:
         return int(sluice.main(args, prog_name="sluice", standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):
@@ -272,6 +374,20 @@ def _given(ctx: click.Context, params: dict[str, Any]) -> list[tuple[str, str]]:
     command = ctx.command
     assert isinstance(command, GoCommand)
     return command.given(params)
+
+
+def _settings(ctx: click.Context, given: list[tuple[str, str]]) -> Settings:
+    """The effective configuration, its warnings told; of a verb that may have nothing to configure."""
+    from proxy.config.settings import Settings  # noqa: PLC0415  # see the head of this module
+
+    if not given:
+        return Settings()  # PyYAML alone would cost more than all the rest of such a verb
+    from proxy.config.load import load  # noqa: PLC0415  # likewise
+
+    loaded = load(given)
+    for warning in loaded.warnings:
+        _complain(ctx.command_path, warning)
+    return loaded.settings
 
 
 def _is_true(texts: dict[str, str], name: str) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple, TypeVar
 
 from proxy import modes
 from proxy.output import Format, Shown, select, write
-from rules.dataplane import Dataplane, DataplaneError
+from rules.dataplane import Dataplane, DataplaneError, Raw
 from rules.forwarding import Address, Family, Frontend, Route
 
 Open = Callable[[str, Family], Dataplane]
+T = TypeVar("T")
+
+SHOWN_SERVICES = 3
+"""How many Services stand behind an object that serves several."""
 
 
 class Filter(NamedTuple):
@@ -34,9 +38,14 @@ class Filter(NamedTuple):
         )
 
 
-def main(format_: Format, wanted: Filter, *, open_dataplane: Open = modes.open_dataplane) -> int:
+def main(format_: Format | Literal["raw"], wanted: Filter, *, open_dataplane: Open = modes.open_dataplane) -> int:
     """Print what every dataplane holds; 0, 1 if nothing is what was asked for, 2 if something could not be read."""
-    shown, failures = read_all(open_dataplane)
+    if format_ == "raw":
+        raws, failures = _read_all(lambda dataplane: dataplane.raw(), open_dataplane, modes.present())
+        shown = [Shown(name, raw.table) for name, raw in raws]
+    else:
+        raws = []
+        shown, failures = read_all(open_dataplane)
     for failure in failures:
         sys.stderr.write(f"sluice dump: {failure}\n")
     if failures and not shown:
@@ -44,7 +53,11 @@ def main(format_: Format, wanted: Filter, *, open_dataplane: Open = modes.open_d
     asked = wanted != Filter()
     if asked:
         shown = [each._replace(table=select(each.table, wanted.admits)) for each in shown]
-    write(shown, format_)
+    if format_ == "raw":
+        for _, raw in raws:
+            sys.stdout.writelines(f"{line}\n" for line in raw_lines(raw, wanted))
+    else:
+        write(shown, format_)
     if failures:
         return 2
     if not shown:
@@ -57,25 +70,60 @@ def main(format_: Format, wanted: Filter, *, open_dataplane: Open = modes.open_d
 
 
 def read_all(
-    open_dataplane: Open = modes.open_dataplane, names: Iterable[str] = modes.BUILT
+    open_dataplane: Open = modes.open_dataplane, names: Iterable[str] | None = None
 ) -> tuple[list[Shown], list[str]]:
     """The tables that dataplanes hold, and why some could not be read, one line each."""
-    shown = []
+    names = modes.present() if names is None else names
+    found, failures = _read_all(lambda dataplane: dataplane.read(), open_dataplane, names)
+    return [Shown(name, table) for name, table in found], failures
+
+
+def raw_lines(raw: Raw, wanted: Filter) -> Iterator[str]:
+    """A dataplane's own objects, indented, each with the Services that it serves.
+
+    With a filter, those alone that serve a route which it admits, and what they stand in.
+    """
+    admitted = {frontend for frontend, route in raw.table.routes.items() if wanted.admits(frontend, route)}
+    above: dict[int, str] = {}
+    """What stands above the next line and is not printed yet, by depth."""
+    for depth, text, frontends in raw.items:
+        names = dict.fromkeys(raw.table.routes[each].label or str(each) for each in frontends)
+        line = f"{'  ' * depth}{text}"
+        if names:
+            shown = ", ".join(list(names)[:SHOWN_SERVICES])
+            line += f"  # {shown}{f' +{len(names) - SHOWN_SERVICES} more' if len(names) > SHOWN_SERVICES else ''}"
+        if wanted == Filter():
+            yield line
+            continue
+        above = {place: each for place, each in above.items() if place < depth}
+        if admitted.isdisjoint(frontends):
+            above[depth] = line
+        else:
+            yield from above.values()
+            yield line
+            above.clear()
+
+
+def _read_all(
+    read: Callable[[Dataplane], T | None], open_dataplane: Open, names: Iterable[str]
+) -> tuple[list[tuple[str, T]], list[str]]:
+    """What a method of every dataplane returns, with the dataplane's name, and failures."""
+    found = []
     failures: dict[str, None] = {}
     for name in names:
         for family in Family:
             try:
                 dataplane = open_dataplane(name, family)
                 try:
-                    table = dataplane.read()
+                    value = read(dataplane)
                 finally:
                     dataplane.close()
             except DataplaneError as error:
                 failures[str(error)] = None
                 continue
-            if table is not None:
-                shown.append(Shown(name, table))
-    return shown, list(failures)
+            if value is not None:
+                found.append((name, value))
+    return found, list(failures)
 
 
 def _addresses(frontend: Frontend, route: Route) -> set[Address]:

@@ -6,6 +6,7 @@ Everything is sorted, so that equal tables print alike: by Service, kind and fro
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TextIO
@@ -29,6 +30,9 @@ Format = Literal["table", "wide", "json", "yaml"]
 SHOWN_BACKENDS = 3
 """How many backends a row shows unless it is wide."""
 
+COLOURED = 2000
+"""Routes of a table that a terminal shows in colour: more take seconds to lay out."""
+
 _KINDS = {kind: place for place, kind in enumerate(Kind)}
 _REFUSALS = {Refusal.REJECT: "rejected", Refusal.DROP: "dropped"}
 
@@ -48,6 +52,8 @@ class Row(NamedTuple):
     """`rejected` or `dropped`: what happens to those who find no backend; else empty."""
     ranges: tuple[str, ...]
     affinity: int
+    masquerade: str
+    """Whose source is rewritten (see `masquerade`); empty where there is no backend."""
 
 
 class Shown(NamedTuple):
@@ -60,7 +66,7 @@ class Shown(NamedTuple):
 
 def table_rows(table: ForwardingTable) -> list[Row]:
     """The routes of a table as text, sorted."""
-    return [_row(frontend, route) for frontend, route in _sorted_routes(table)]
+    return [_row(frontend, route, table.node) for frontend, route in _sorted_routes(table)]
 
 
 def select(table: ForwardingTable, wanted: Callable[[Frontend, Route], bool]) -> ForwardingTable:
@@ -84,7 +90,7 @@ def write(shown: Sequence[Shown], format_: Format, out: TextIO | None = None) ->
     for index, each in enumerate(shown):
         if index:
             out.write("\n")
-        if out.isatty():
+        if out.isatty() and len(each.table.routes) <= COLOURED:
             _write_rich(each, out, wide=wide)
         else:
             _write_plain(each, out, wide=wide)
@@ -97,10 +103,21 @@ def to_json(shown: Shown) -> dict[str, Any]:
     return result | {
         "family": table.family.label,
         "node": _facts_json(table.node),
-        "routes": [_route_json(frontend, route) for frontend, route in _sorted_routes(table)],
+        "routes": [_route_json(frontend, route, table.node) for frontend, route in _sorted_routes(table)],
         "hairpins": [str(endpoint) for endpoint in sorted(table.hairpins)],
         "damage": sorted(table.damage),
     }
+
+
+def masquerade(route: Route, node: NodeFacts) -> str:
+    """Whose source is rewritten to the node's address, but for a backend that reaches itself (TRF-3 to TRF-7)."""
+    if not route.backends:
+        return ""
+    if route.kind is not Kind.CLUSTER_IP:
+        return "the node" if route.policy_local else "everybody"
+    if node.masquerade_all:
+        return "everybody"
+    return "who is no local pod" if node.detector is not None else "nobody"
 
 
 def facts_lines(table: ForwardingTable) -> Iterator[str]:
@@ -128,7 +145,7 @@ def _sorted_routes(table: ForwardingTable) -> list[tuple[Frontend, Route]]:
     return sorted(table.routes.items(), key=place)
 
 
-def _row(frontend: Frontend, route: Route) -> Row:
+def _row(frontend: Frontend, route: Route, node: NodeFacts) -> Row:
     return Row(
         service=route.label,
         kind=route.kind.value,
@@ -139,6 +156,7 @@ def _row(frontend: Frontend, route: Route) -> Row:
         refusal="" if route.refusal is None else _REFUSALS[route.refusal],
         ranges=tuple(map(str, route.source_ranges)),
         affinity=route.affinity,
+        masquerade=masquerade(route, node),
     )
 
 
@@ -186,7 +204,7 @@ def _facts_json(node: NodeFacts) -> dict[str, Any]:
     }
 
 
-def _route_json(frontend: Frontend, route: Route) -> dict[str, Any]:
+def _route_json(frontend: Frontend, route: Route, node: NodeFacts) -> dict[str, Any]:
     return {
         "service": route.label,
         "kind": route.kind.value,
@@ -199,13 +217,46 @@ def _route_json(frontend: Frontend, route: Route) -> dict[str, Any]:
         "refusal": None if route.refusal is None else route.refusal.value,
         "affinitySeconds": route.affinity,
         "sourceRanges": list(map(str, route.source_ranges)),
+        "masquerade": masquerade(route, node),
     }
 
 
 def _yaml(value: Any) -> str:
-    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  # 20 ms for one of four formats
+    """A value as YAML; PyYAML would take seconds where there are thousands of Services."""
+    return "".join(f"{line}\n" for line in _yaml_lines(value))
 
-    return str(yaml.safe_dump(value, sort_keys=False, width=120))
+
+def _yaml_lines(value: dict[str, Any]) -> Iterator[str]:
+    for name, each in value.items():
+        if isinstance(each, dict) and each:
+            yield f"{name}:"
+            yield from (f"  {line}" for line in _yaml_lines(each))
+        elif isinstance(each, list) and each:
+            yield f"{name}:"
+            for item in each:
+                if isinstance(item, dict):
+                    first, *rest = _yaml_lines(item)
+                    yield f"- {first}"
+                    yield from (f"  {line}" for line in rest)
+                else:
+                    yield f"- {_yaml_scalar(item)}"
+        else:
+            yield f"{name}: {_yaml_scalar(each)}"
+
+
+def _yaml_scalar(value: Any) -> str:
+    # JSON is YAML, but for characters that it writes as two; words that mean nothing else need no quotes.
+    if not isinstance(value, str) or (value.isascii() and not _PLAIN.fullmatch(value)):
+        return json.dumps(value)
+    if _PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS:
+        return value
+    return (
+        '"' + "".join(json.dumps(each)[1:-1] if each < "\U00010000" else f"\\U{ord(each):08x}" for each in value) + '"'
+    )
+
+
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9/_.-]*(:[A-Za-z0-9/_.-]+)*")
+_YAML_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -223,6 +274,8 @@ def _cells(row: Row, *, wide: bool) -> tuple[str, ...]:
         notes.append(f"only from {_list(row.ranges, wide=wide)}")
     if row.affinity:
         notes.append(f"affinity {row.affinity}s")
+    if wide and row.masquerade:
+        notes.append(f"masqueraded: {row.masquerade}")
     backends = _list(row.backends, wide=wide)
     return row.service or "-", row.kind, row.frontend, row.policy or "-", backends, "; ".join(notes)
 

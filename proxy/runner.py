@@ -1,9 +1,9 @@
 """When a sync runs: kube-proxy's rules of batching, without its timers (SYN-2 to SYN-8).
 
 The first request of a quiet period is served at once.  Requests during a run, or within `minimum` seconds after its
-end, are served by one run when those seconds are over.  A run that succeeds is followed by another one `maximum`
-seconds later even if nobody asks, as a check.  A run that fails is followed by another one soon, and later and later
-up to `retry` seconds.
+end, are served by one run when those seconds are over; only an urgent one does not wait for that.  A run that succeeds
+is followed by another one `maximum` seconds later even if nobody asks, as a check.  A run that fails is followed by
+another one soon, and later and later up to `retry` seconds.
 """
 
 from __future__ import annotations
@@ -55,11 +55,19 @@ class Runner:
         self._periods = periods
         self._wait = wait or _wait
         self._requested = asyncio.Event()
-        self._never = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._running = False
 
-    def request(self) -> None:
-        """Ask for a run, as soon as the periods allow."""
+    @property
+    def pending(self) -> bool:
+        """Whether a run is asked for, or at work."""
+        return self._running or self._requested.is_set()
+
+    def request(self, *, urgent: bool = False) -> None:
+        """Ask for a run, as soon as the periods allow; an urgent one at the end of the run at work."""
         self._requested.set()
+        if urgent:
+            self._hurry.set()
 
     async def loop(self) -> None:
         """Run for ever."""
@@ -68,12 +76,44 @@ class Runner:
         while True:
             requested = await self._wait(self._requested, pause)
             self._requested.clear()
-            failures = 0 if await self._run(not requested) else failures + 1
+            self._hurry.clear()
+            self._running = True
+            try:
+                failures = 0 if await self._run(not requested) else failures + 1
+            finally:
+                self._running = False
             # Both count from the end of the run.
             minimum = self._periods.minimum
             pause = max(0.0, self._periods.after(failures) - minimum)
             if minimum > 0:
-                await self._wait(self._never, minimum)
+                await self._wait(self._hurry, minimum)
+
+
+class Allowance:
+    """How often the kernel may be read because another process touched our rules.
+
+    One that touches them once is answered at once.  One that fights for them (another agent, a script in a loop)
+    answers every repair with another change: it gets `burst` answers at once, then one every `every` seconds, and
+    fewer where an answer takes long, so that no more than a `share` of the time goes into the fight.
+    """
+
+    def __init__(self, *, burst: int = 10, every: float = 3.0, share: float = 0.05) -> None:
+        self._every = every
+        self._share = share
+        self._most = self._balance = burst * every
+        self._since = 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds until the kernel may be read; `now` is monotonic."""
+        return max(0.0, self._every - self._balance_at(now))
+
+    def spend(self, now: float, seconds: float) -> None:
+        """An answer has ended, that took so many seconds."""
+        self._balance = self._balance_at(now) - max(self._every, seconds / self._share)
+        self._since = now
+
+    def _balance_at(self, now: float) -> float:
+        return min(self._most, self._balance + now - self._since)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

@@ -6,11 +6,13 @@ some 0.1 s per 10,000 Services): the agent calls them from a worker thread, neve
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 from typing import Protocol as Interface
 
 import msgspec
 
-from rules.forwarding import Delta, Family, ForwardingTable
+from rules.forwarding import Delta, Family, ForwardingTable, Frontend
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,10 +37,51 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
     bytes_sent: int = 0
     refused: frozenset[str] = frozenset()
     """Labels of the routes that the kernel refused and that were left out, so that the others could be served."""
+    why_refused: Mapping[str, str] = {}
+    """By these labels, what was refused, and in the kernel's words why."""
     full: bool = False
     """Whether the kernel was read first."""
     notes: tuple[str, ...] = ()
     """What was repaired or could not be done, one sentence each, for the log."""
+    found: ForwardingTable | None = None
+    """What the kernel held before, if it was read and held anything of ours."""
+
+
+class Stranger(NamedTuple):
+    """Another process that changed the kernel's rules, as the kernel calls it."""
+
+    name: str
+    pid: int
+    """In the first process namespace: in a container it may be unknown or another."""
+
+    def __str__(self) -> str:
+        return f"{self.name} (process {self.pid})"
+
+
+class Touch(NamedTuple):
+    """Somebody else changed something of ours."""
+
+    family: Family
+    by: Stranger | None
+    """None: the kernel didn't tell."""
+
+
+class RawItem(NamedTuple):
+    """One of a dataplane's own objects in the kernel: a rule, a set, an element."""
+
+    depth: int
+    """How deep it stands in its parent's, for indenting."""
+    text: str
+    """What it is, in the dataplane's own words."""
+    frontends: tuple[Frontend, ...] = ()
+    """Whom it serves; none: everybody, or nobody."""
+
+
+class Raw(NamedTuple):
+    """What a dataplane holds in the kernel, object by object, and the table that it comes to."""
+
+    table: ForwardingTable
+    items: Sequence[RawItem]
 
 
 class DataplaneError(Exception):
@@ -65,10 +108,24 @@ class Dataplane(Interface):
     @property
     def capabilities(self) -> Capabilities: ...
 
+    def check(self) -> None:
+        """Ask the kernel whether it has all that the dataplane needs, without changing anything.
+
+        Raises:
+            UnavailableError: it lacks something; the message says what.
+        """
+
     def read(self) -> ForwardingTable | None:
         """The table that the kernel really holds, decompiled from its own rules; None: nothing of ours is there.
 
         It changes nothing, in the kernel or in the dataplane.
+
+        Raises:
+            DataplaneError: the kernel could not be read.
+        """
+
+    def raw(self) -> Raw | None:
+        """What the kernel really holds in the dataplane's own terms, for people; None: nothing of ours is there.
 
         Raises:
             DataplaneError: the kernel could not be read.

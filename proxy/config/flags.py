@@ -104,6 +104,8 @@ FLAGS: tuple[Flag, ...] = (
     _flag("feature-gates", "featureGates", "Name=true,Name=false"),
     Flag("healthz-port", Type.INT, help="deprecated: port of healthz-bind-address; 0: not served"),
     Flag("metrics-port", Type.INT, help="deprecated: port of metrics-bind-address; 0: not served"),
+    _own("drift-policy", Type.STRING, "repair what others do to our rules, or only report it", "driftPolicy"),
+    _own("run-directory", Type.STRING, "where the agent's socket is", "runDirectory"),
     _own("strict-config", Type.BOOL, "refuse unknown fields of the file instead of warning about them"),
     _own("takeover", Type.BOOL, "wait until another agent of this network namespace has gone"),
     Flag(

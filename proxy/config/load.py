@@ -87,6 +87,8 @@ def load(given: Sequence[tuple[str, str]]) -> Loaded:
         healthz_bind_address=_host_port(values["healthzBindAddress"]),
         metrics_bind_address=_host_port(values["metricsBindAddress"]),
         bind_address_hard_fail=values["bindAddressHardFail"],
+        drift_policy=values["driftPolicy"],
+        run_directory=values["runDirectory"],
         log_format=values["logging.format"],
         verbosity=values["logging.verbosity"],
         strict_config=parsed.get("strict-config", False),

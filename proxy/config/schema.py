@@ -118,6 +118,8 @@ FIELDS: tuple[Field, ...] = (
 OWN_FIELDS: tuple[Field, ...] = (
     Field("serviceCIDRs", Type.STRINGS, (), honoured=True),
     Field("manifests", Type.STRING, "", honoured=True),
+    Field("driftPolicy", Type.STRING, "repair", honoured=True, zero_is_default=True),
+    Field("runDirectory", Type.STRING, "/run/sluice", honoured=True, zero_is_default=True),
 )
 
 BY_PATH: Mapping[str, Field] = {field.path: field for field in (*FIELDS, *OWN_FIELDS)}

@@ -16,6 +16,9 @@ from rules.forwarding import Address, Family, Prefix, parse_address
 Mode = Literal["", "nftables", "iptables", "ipvs", "userspace"]
 DetectLocalMode = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 LogFormat = Literal["text", "json"]
+DriftPolicy = Literal["repair", "report"]
+
+RUN_DIRECTORY = "/run/sluice"
 
 PRIMARY = "primary"
 """The word that stands for the node's own addresses in `node_port_addresses` (CFG-31)."""
@@ -73,7 +76,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     min_sync_period: float = 1.0
     """The least seconds between the end of a sync and the next one (SYN-4)."""
 
+    drift_policy: DriftPolicy = "repair"
+    """What becomes of rules of ours that another process has changed (DESIGN 4.2)."""
+
     # --- what is served ---
+
+    run_directory: str = RUN_DIRECTORY
+    """Where the agent's socket is (DESIGN 4.12).  Agents of several network namespaces need one each."""
 
     healthz_bind_address: HostPort | None = HostPort("0.0.0.0", 10256)  # noqa: S104  # kubelets probe it from anywhere
     metrics_bind_address: HostPort | None = HostPort("127.0.0.1", 10249)

@@ -50,6 +50,10 @@ def _check_modes(values: Values) -> Iterator[Problem]:
         )
     if values["logging.format"] not in {"text", "json"}:
         yield Problem("logging.format", f"{quoted(values['logging.format'])}: must be text or json")
+    if values["driftPolicy"] not in {"repair", "report"}:
+        yield Problem("driftPolicy", f"{quoted(values['driftPolicy'])}: must be repair or report")
+    if not values["runDirectory"].startswith("/"):
+        yield Problem("runDirectory", f"{quoted(values['runDirectory'])}: must be an absolute path")
     if values["hostnameOverride"] and not values["hostnameOverride"].strip():
         yield Problem("hostnameOverride", "empty hostname-override is invalid")
 

@@ -81,6 +81,12 @@ class Metrics:
             "Service ports with policy Local and endpoints, none of them on this node",
             ("ip_family", "traffic_policy"),
         )  # MET-19
+        self._reconciling = histogram(
+            "conntrack_reconciler_sync_duration_seconds", "Seconds that a search for stale flows took"
+        )  # MET-24
+        self._stale_deleted = counter(
+            "conntrack_reconciler_deleted_entries", "Stale flows that were deleted", _FAMILY
+        )  # MET-25
         self._healthz = counter("proxy_healthz", "Answers to /healthz by status", ("code",))  # MET-20
         self._livez = counter("proxy_livez", "Answers to /livez by status", ("code",))  # MET-21
         self._operations = Counter(
@@ -89,6 +95,15 @@ class Metrics:
         self._failures = Counter("sluice_sync_failures", "Syncs that failed, in any mode", _FAMILY, registry=registry)
         self._refused = Gauge("sluice_refused_routes", "Routes that the kernel refused", _FAMILY, registry=registry)
         self._routes = Gauge("sluice_routes", "Frontends that are programmed", _FAMILY, registry=registry)
+        self._drift_repairs = Counter(
+            "sluice_drift_repairs",
+            "Times that the kernel held something else than was written, and was repaired",
+            _FAMILY,
+            registry=registry,
+        )
+        self._drift = Gauge(
+            "sluice_drift", "Differences that were found and left, under driftPolicy report", _FAMILY, registry=registry
+        )
         self._troubles = Gauge("sluice_troubles", "Objects and files that are wrong now", registry=registry)
         Gauge("sluice_info", "Version and dataplane", ("version", "dataplane"), registry=registry).labels(
             version, mode
@@ -114,6 +129,16 @@ class Metrics:
         self._failures.labels(family.label).inc()
         if self._mode_failures is not None:
             self._mode_failures.labels(family.label).inc()
+
+    def drifted(self, family: Family, differences: int, *, repaired: bool) -> None:
+        """The kernel was read, and held so many things otherwise than they were written."""
+        self._drift_repairs.labels(family.label).inc(bool(differences and repaired))
+        self._drift.labels(family.label).set(0 if repaired else differences)
+
+    def reconciled(self, family: Family, seconds: float, deleted: int) -> None:
+        """Connection tracking was searched for stale flows (MET-24, MET-25)."""
+        self._reconciling.labels(family.label).observe(seconds)
+        self._stale_deleted.labels(family.label).inc(deleted)
 
     def _took(self, family: Family, seconds: float, *, full: bool) -> None:
         self._duration.labels(family.label).observe(seconds)

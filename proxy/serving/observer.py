@@ -30,6 +30,10 @@ class Observer:
         self._health.updated(family)
         self._metrics.sync_done(family, seconds, applied)
 
+    def drifted(self, family: Family, differences: int, *, repaired: bool) -> None:
+        """The kernel was read, and held so many things otherwise than they were written."""
+        self._metrics.drifted(family, differences, repaired=repaired)
+
     def failed(self, family: Family, seconds: float) -> None:
         """A sync was not applied: what was queued goes on waiting."""
         self._metrics.sync_failed(family, seconds)

@@ -7,46 +7,50 @@ kernel holds something else by then, the transaction fails as a whole and a `syn
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
-from rules.dataplane import Applied, Capabilities, DataplaneError, UnavailableError
+from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, UnavailableError
 from rules.forwarding import Delta, Family, ForwardingTable, Frontend, NodeFacts, Route, difference
 from rules.netlink.attributes import DecodeError
 from rules.netlink.transaction import (
-    Failure,
-    LostAnswerError,
     NetfilterSocket,
     NetlinkError,
-    StaleGenerationError,
     TransactionError,
 )
 from rules.nftables import names
 from rules.nftables.adopt import Adopted, facts_of
+from rules.nftables.attempts import Attempts, Plan, Written
 from rules.nftables.decode import Reading, decode
-from rules.nftables.describe import describe_message
 from rules.nftables.elements import MAX_COUNT, Batch
 from rules.nftables.layout import TABLE, Layout, build
-from rules.nftables.messages import Element, add_elements, delete_elements, flush_elements, key_at
+from rules.nftables.messages import Element, add_elements, delete_elements, flush_elements
 from rules.nftables.model import Model, Needs, needs_of
 from rules.nftables.monitor import Monitor
+from rules.nftables.objects import delete_set, get_table
+from rules.nftables.raw import raw_items
+from rules.nftables.refusals import Step, lacking, refusal
 from rules.nftables.repair import plan_repair
-from rules.nftables.replace import messages_to_delete, messages_to_recreate, messages_to_replace
-from rules.nftables.sets import PICK, prefix_elements
+from rules.nftables.replace import messages_to_create, messages_to_delete, messages_to_recreate, messages_to_replace
+from rules.nftables.sets import PICK, build_sets, prefix_elements
 from rules.nftables.state import StaticState, read_elements, read_static, state_of
 
 MAX_AFFINITY = (1 << 31) - 1
 """Seconds; more cannot be kept."""
 
 _READ_TRIES = 10
-_WRITE_TRIES = 5
-_NOT_OURS = frozenset({errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR, errno.EPERM, errno.ENFILE})
-"""Errors that say something about the node, and nothing about the element at which they came up."""
+_WRITE_TRIES = 10
+
+_SAMPLES = {
+    Family.IPV4: NodeFacts(node_port_addresses=frozenset(), loopback_node_ports=True),
+    Family.IPV6: NodeFacts(node_port_addresses=frozenset()),
+}
+"""Facts whose layout has an expression of every kind."""
 
 
 class Snapshot(NamedTuple):
@@ -66,38 +70,6 @@ class Snapshot(NamedTuple):
         return decode(family, self.elements, self.adopted.facts, self.adopted.damage)
 
 
-class _Written(NamedTuple):
-    """What the kernel holds since the last write."""
-
-    model: Model
-    static: StaticState
-    facts: NodeFacts
-    present: Needs
-
-
-class _Step(NamedTuple):
-    """One message of a transaction, and where it comes from."""
-
-    message: bytes
-    set: str = ""
-    """The set whose elements it adds or deletes; empty for the static part."""
-
-
-class _Plan(NamedTuple):
-    """A transaction."""
-
-    steps: list[_Step]
-    operations: int
-    """How many objects and elements it adds or deletes."""
-    written: _Written
-    """What the kernel holds after it."""
-    damage: frozenset[str] = frozenset()
-    """What it repairs."""
-
-    def applied(self, **others: Any) -> Applied:
-        return Applied(operations=self.operations, bytes_sent=sum(len(step.message) for step in self.steps), **others)
-
-
 class NftablesDataplane:
     """The table `sluice` of one family, in the network namespace of the thread that made this object."""
 
@@ -111,11 +83,15 @@ class NftablesDataplane:
         """
         self._family = family
         self._clock = clock
-        self._written: _Written | None = None
+        self._written: Written | None = None
         try:
             self._socket = NetfilterSocket()
+        except OSError as error:
+            raise UnavailableError(_why_unavailable(error)) from None
+        try:
             self._socket.generation()
         except OSError as error:
+            self._socket.close()
             raise UnavailableError(_why_unavailable(error)) from None
 
     @property
@@ -131,12 +107,46 @@ class NftablesDataplane:
         """The netlink port id by which the kernel names us as the cause of changes."""
         return self._socket.port
 
+    def check(self) -> None:
+        """Ask whether the kernel has all that the layout needs; see `rules.dataplane.Dataplane`.
+
+        Where our table is there, it has.  Else it is given a table to check, in a transaction whose last message must
+        fail: so nothing is applied, nobody is told, and the generation stays.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.request(get_table(self._family, TABLE))
+            return
+        layout = self._layout(_SAMPLES[self._family], Needs(*(frozenset([1]) for _ in Needs._fields)))
+        steps = [*map(Step, messages_to_create(layout)), Step(delete_set(self._family, TABLE, "none-such"))]
+        try:
+            self._socket.commit([step.message for step in steps])
+        except (OSError, DecodeError):
+            return  # the first sync says what is wrong
+        except TransactionError as error:
+            for failure in error.errors:
+                feature = lacking(failure, steps, self._family)
+                if feature:
+                    raise UnavailableError(f"this kernel lacks {feature}, which nftables rules need") from None
+
     # --- reading ---------------------------------------------------------------------------------------------
 
     def read(self) -> ForwardingTable | None:
         """The table that the kernel holds; see `rules.dataplane.Dataplane`."""
         reading = self._snapshot().decode(self._family)
         return reading.table if reading else None
+
+    def raw(self) -> Raw | None:
+        """The rules and elements themselves; see `rules.dataplane.Dataplane`."""
+        snapshot = self._snapshot()
+        reading = snapshot.decode(self._family)
+        if reading is None or snapshot.static is None:
+            return None
+        elements = {
+            **snapshot.elements,
+            **{name: {each.key: each for each in found} for name, found in snapshot.facts_elements.items()},
+            PICK: {each.key: each for each in snapshot.static.picks},
+        }
+        return Raw(reading.table, list(raw_items(snapshot.static, elements, reading.table, reading.model)))
 
     def _snapshot(self) -> Snapshot:
         try:
@@ -162,12 +172,14 @@ class NftablesDataplane:
             name: read_elements(self._socket, self._family, name) if name in static.sets else []
             for name in (names.SERVICE_CIDRS, names.NODE_PORT_ADDRESSES)
         }
+        adopted = facts_of(static, facts_elements[names.SERVICE_CIDRS], facts_elements[names.NODE_PORT_ADDRESSES])
+        # What somebody else's set holds goes with the set.
+        ours = {each.name for each in build_sets(self._family, adopted.timeouts, adopted.lengths)}
         elements = {
             name: {element.key: element for element in read_elements(self._socket, self._family, name)}
             for name in static.sets
-            if name not in facts_elements and name not in {names.STICKY, PICK}
+            if name in ours and name not in facts_elements and name not in {names.STICKY, PICK}
         }
-        adopted = facts_of(static, facts_elements[names.SERVICE_CIDRS], facts_elements[names.NODE_PORT_ADDRESSES])
         return Snapshot(generation, static, adopted, elements, facts_elements)
 
     # --- writing ---------------------------------------------------------------------------------------------
@@ -177,33 +189,20 @@ class NftablesDataplane:
         self._written = None
         routes, notes = self._fit(table.routes)
         wanted = msgspec.structs.replace(table, routes=routes)
-        refused: dict[Frontend, Route] = {}
-        anew = False
+        attempts = Attempts(wanted)
         for _ in range(_WRITE_TRIES):
             snapshot = self._snapshot()
-            plan = self._plan(snapshot, wanted, anew=anew)
+            plan = self._plan(snapshot, attempts)
             try:
-                self._commit(plan.steps, snapshot.generation)
-            except (StaleGenerationError, LostAnswerError):
-                continue
+                self._commit(plan.steps, attempts.generation(snapshot.generation))
             except TransactionError as error:
-                culprits = self._culprits(error, plan)
-                if culprits:
-                    refused |= culprits
-                    remaining = {key: route for key, route in wanted.routes.items() if key not in culprits}
-                    wanted = msgspec.structs.replace(wanted, routes=remaining)
-                    continue
-                if anew or not plan.damage:
-                    raise self._refusal(error, plan.steps) from error
-                anew = True  # what is there is in the way of its own repair
+                attempts.learn(error, plan)
                 continue
             self._written = plan.written
-            return plan.applied(
-                refused=frozenset(route.label for route in refused.values()),
-                full=True,
-                notes=(*notes, *(f"repaired: {each}" for each in sorted(plan.damage))),
-            )
-        raise DataplaneError(f"nftables ({self._family.label}) changed again and again while it was written")
+            return attempts.applied(plan, notes)
+        raise DataplaneError(
+            f"nftables ({self._family.label}) cannot be written: {attempts.exhausted()} again and again"
+        )
 
     def apply(self, delta: Delta) -> Applied:
         """Apply `delta` to what was written last; see `rules.dataplane.Dataplane`."""
@@ -213,25 +212,26 @@ class NftablesDataplane:
         changed, notes = self._fit(delta.changed)
         facts = written.facts if delta.node is None else delta.node
         needs = needs_of(changed.values())
-        steps: list[_Step] = []
+        steps: list[Step] = []
         if facts != written.facts or not needs <= written.present:
             present = written.present | needs
             layout = self._layout(facts, present)
-            steps += map(_Step, messages_to_replace(written.static, layout).messages)
-            written = _Written(written.model, state_of(layout), facts, present)
+            steps += map(Step, messages_to_replace(written.static, layout).messages)
+            written = Written(written.model, state_of(layout), facts, present)
         if delta.node is not None:
             steps += self._facts_steps(facts, None)
         batch = written.model.plan(msgspec.structs.replace(delta, changed=changed), self._clock())
-        plan = _Plan([*steps, *self._element_steps(batch)], len(steps) + len(batch), written)
+        plan = Plan([*steps, *self._element_steps(batch)], len(steps) + len(batch), written)
         try:
             self._commit(plan.steps, None)
         except TransactionError as error:
-            raise self._refusal(error, plan.steps) from error
+            raise refusal(error, plan.steps, self._family) from error
         self._written = written
         return plan.applied(notes=tuple(notes))
 
-    def _plan(self, snapshot: Snapshot, wanted: ForwardingTable, *, anew: bool) -> _Plan:
-        """What makes the kernel hold `wanted`; `anew` without regard to what it holds."""
+    def _plan(self, snapshot: Snapshot, attempts: Attempts) -> Plan:
+        """What makes the kernel hold what is wanted."""
+        wanted, anew = attempts.wanted, attempts.anew
         reading = None if anew else snapshot.decode(self._family)
         needs = needs_of(wanted.routes.values())
         if reading is not None:
@@ -246,18 +246,21 @@ class NftablesDataplane:
             batch = model.plan(difference(empty, wanted), self._clock())
         else:
             batch, model, _ = plan_repair(reading, wanted, self._clock())
-        before = [*map(_Step, messages), *self._facts_steps(wanted.node, {} if recreated else snapshot.facts_elements)]
-        return _Plan(
-            [*before, *self._element_steps(batch)],
+        before = [*map(Step, messages), *self._facts_steps(wanted.node, {} if recreated else snapshot.facts_elements)]
+        plan = Plan(
+            [*before, *self._element_steps(batch, attempts.apart)],
             len(before) + len(batch),
-            _Written(model, state_of(layout), wanted.node, needs),
-            reading.table.damage if reading else frozenset(),
+            Written(model, state_of(layout), wanted.node, needs),
+            recreated,
+            reading.table if reading else None,
         )
+        attempts.planned(plan)
+        return plan
 
     def _layout(self, facts: NodeFacts, needs: Needs) -> Layout:
         return build(facts, self._family, counts=needs.counts, timeouts=needs.timeouts, lengths=needs.lengths)
 
-    def _facts_steps(self, facts: NodeFacts, held: Mapping[str, list[Element]] | None) -> Iterator[_Step]:
+    def _facts_steps(self, facts: NodeFacts, held: Mapping[str, list[Element]] | None) -> Iterator[Step]:
         """The elements of the node's facts, all of them where they differ; `held` None: what is there is not known."""
         wanted = {
             names.SERVICE_CIDRS: prefix_elements(facts.service_cidrs),
@@ -268,24 +271,27 @@ class NftablesDataplane:
             if there == {(each.key, each.flags) for each in elements}:
                 continue
             if there != set():
-                yield _Step(flush_elements(self._family, TABLE, name))
+                yield Step(flush_elements(self._family, TABLE, name))
             for message in add_elements(self._family, TABLE, name, elements):
-                yield _Step(message, name)
+                yield Step(message, name)
 
-    def _element_steps(self, batch: Batch) -> Iterator[_Step]:
+    def _element_steps(self, batch: Batch, apart: Collection[str] = ()) -> Iterator[Step]:
+        """The messages of a batch; those of the sets `apart` have one element each."""
         for name, keys in batch.deleted.items():
-            for message in delete_elements(self._family, TABLE, name, keys):
-                yield _Step(message, name)
+            for some_keys in ([key] for key in keys) if name in apart else (keys,):
+                for message in delete_elements(self._family, TABLE, name, some_keys):
+                    yield Step(message, name)
         for name, elements in batch.added.items():
-            for message in add_elements(self._family, TABLE, name, elements.values()):
-                yield _Step(message, name)
+            for some in ([each] for each in elements.values()) if name in apart else (elements.values(),):
+                for message in add_elements(self._family, TABLE, name, some):
+                    yield Step(message, name)
 
-    def _commit(self, steps: list[_Step], generation: int | None) -> None:
+    def _commit(self, steps: list[Step], generation: int | None) -> None:
         try:
             self._socket.commit([step.message for step in steps], generation)
         except TransactionError:
             raise
-        except OSError as error:
+        except (OSError, DecodeError) as error:
             raise DataplaneError(f"nftables ({self._family.label}) cannot be written: {error}") from error
 
     def _fit(self, routes: Mapping[Frontend, Route]) -> tuple[Mapping[Frontend, Route], list[str]]:
@@ -306,35 +312,6 @@ class NftablesDataplane:
                 notes.append(f"{route.label}: {len(route.backends)} endpoints, of which {MAX_COUNT} are used")
         return ({**routes, **fitted} if fitted else routes), notes
 
-    def _culprits(self, error: TransactionError, plan: _Plan) -> dict[Frontend, Route]:
-        """The routes whose elements the kernel refused for their own sake."""
-        found: set[Frontend] = set()
-        model = plan.written.model
-        for failure in error.errors:
-            if failure.errno in _NOT_OURS or not 0 <= failure.message < len(plan.steps):
-                return {}
-            step = plan.steps[failure.message]
-            key = key_at(step.message, failure.offset) if step.set else None
-            owners = model.owners(step.set, key) if key is not None else frozenset()
-            if not owners:
-                return {}
-            found |= owners
-        return {frontend: model.placements[frontend].route for frontend in found if frontend in model.placements}
-
-    def _refusal(self, error: TransactionError, steps: list[_Step]) -> DataplaneError:
-        shown = [self._explain(failure, steps) for failure in error.errors[:3]]
-        more = f" and {len(error.errors) - 3} more" if len(error.errors) > 3 else ""
-        return DataplaneError(
-            f"the kernel refused a change of nftables ({self._family.label}): {'; '.join(shown)}{more}"
-        )
-
-    def _explain(self, failure: Failure, steps: list[_Step]) -> str:
-        reason = os.strerror(failure.errno) + (f" ({failure.text})" if failure.text else "")
-        if not 0 <= failure.message < len(steps):
-            return reason
-        step = steps[failure.message]
-        return f"{f'elements of {step.set}' if step.set else describe_message(step.message)}: {reason}"
-
     # --- the rest --------------------------------------------------------------------------------------------
 
     def cleanup(self) -> bool:
@@ -342,16 +319,16 @@ class NftablesDataplane:
         self._written = None
         try:
             there = read_static(self._socket, self._family) is not None
-        except NetlinkError as error:
+        except OSError as error:
             raise DataplaneError(f"nftables ({self._family.label}) cannot be read: {error}") from error
         except DecodeError:
             there = True
         if there:
-            steps = [_Step(message) for message in messages_to_delete(self._family)]
+            steps = [Step(message) for message in messages_to_delete(self._family)]
             try:
                 self._commit(steps, None)
             except TransactionError as error:
-                raise self._refusal(error, steps) from error
+                raise refusal(error, steps, self._family) from error
         return there
 
     def close(self) -> None:

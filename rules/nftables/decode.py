@@ -57,6 +57,7 @@ _NODE_PORT_SETS = (
     names.REJECT_NODE_PORTS,
     names.DROP_NODE_PORTS,
 )
+_REFUSALS = tuple(Refusal)
 _LIST_SETS = frozenset({*ENDPOINT_MAPS.values(), names.MEMBERS, names.SLOTS})
 
 
@@ -140,7 +141,7 @@ class _Decoder:
             policy = self._holds(names.EXTERNAL_POLICY_LOCAL, key)
             other = self._holds(names.EXTERNAL_LOCAL, key)
         refusal, refusal_element = None, None
-        for verdict in Refusal:
+        for verdict in _REFUSALS:
             refusal_element = self._holds(REFUSAL_SETS[verdict, frontend.is_node_port], key)
             if refusal_element is not None:
                 refusal = verdict

@@ -7,6 +7,7 @@ addresses and ports are in network order, integers and priorities in the host's 
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ MAX_LIST = (1 << 32 - COUNT_BITS) - 1
 _U32 = struct.Struct("=I")
 _U32_PAIR = struct.Struct("=II")
 _PORT = struct.Struct("!H2x")
+_BACKENDS = {family: struct.Struct(f"!{family.address_bytes}sH2x") for family in Family}
 _PROTOCOL_PORT = struct.Struct("!B3xH2x")
 
 PROTOCOLS = {int(protocol): protocol for protocol in Protocol}
@@ -37,6 +39,11 @@ REFUSAL_SETS = {
     (Refusal.DROP, True): names.DROP_NODE_PORTS,
 }
 KIND_SETS = {Kind.EXTERNAL_IP: names.EXTERNAL_IPS, Kind.LOAD_BALANCER: names.LOAD_BALANCER_IPS}
+
+LABELLED = frozenset(
+    {names.CLUSTER_IP, names.EXTERNAL, names.NODE_PORT, *REFUSAL_SETS.values()},
+)
+"""Sets whose elements have labels."""
 
 Elements = Mapping[str, Mapping[bytes, Element]]
 """Set → key → element, as a kernel holds them."""
@@ -84,6 +91,11 @@ def unpack_index_key(key: bytes) -> tuple[int, int]:
     return value >> COUNT_BITS, index
 
 
+def iter_index_keys(keys: bytes) -> Iterator[tuple[int, int]]:
+    """List (shifted by COUNT_BITS, the bits below are to be zero) and index of many such keys, end to end."""
+    return _U32_PAIR.iter_unpack(keys)
+
+
 # --- frontends, backends, endpoints --------------------------------------------------------------------------
 
 
@@ -94,7 +106,7 @@ def frontend_key(frontend: Frontend) -> bytes:
 
 def unpack_frontend(key: bytes, address_bytes: int) -> Frontend:
     """The frontend of a key that begins with `address_bytes` bytes of address; raises MalformedError."""
-    if len(key) != address_bytes + 8:
+    if len(key) != address_bytes + 8 or address_bytes < 0:
         raise MalformedError
     number, port = _PROTOCOL_PORT.unpack_from(key, address_bytes)
     if number not in PROTOCOLS:
@@ -112,6 +124,11 @@ def unpack_backend(data: bytes, family: Family) -> Backend:
     if len(data) != family.address_bytes + 4:
         raise MalformedError
     return Backend(data[:-4], _PORT.unpack(data[-4:])[0])
+
+
+def iter_backends(data: bytes, family: Family) -> Iterator[Backend]:
+    """The backends of many such values, end to end."""
+    return map(Backend._make, _BACKENDS[family].iter_unpack(data))
 
 
 def hairpin_key(endpoint: Endpoint) -> bytes:
@@ -138,6 +155,8 @@ def unpack_range(key: bytes, length: int, family: Family) -> tuple[Frontend, Pre
     size = family.address_bytes
     address = key[-size:]
     shift = size * 8 - length
+    if shift < 0:
+        raise MalformedError
     if int.from_bytes(address) >> shift << shift != int.from_bytes(address):
         raise MalformedError
     return unpack_frontend(key[:-size], size), Prefix(address, length)
@@ -199,19 +218,26 @@ class Batch:
     """
 
     def __init__(self) -> None:
-        self.deleted: dict[str, dict[bytes, None]] = {}
-        self.added: dict[str, dict[bytes, Element]] = {}
+        self.deleted: dict[str, dict[bytes, None]] = defaultdict(dict)
+        self.added: dict[str, dict[bytes, Element]] = defaultdict(dict)
 
     def __len__(self) -> int:
         return sum(map(len, self.deleted.values())) + sum(map(len, self.added.values()))
 
     def add(self, placed: Placed) -> None:
         """Add an element that the kernel has not, or that is deleted in the same batch."""
-        self.added.setdefault(placed.set, {})[placed.element.key] = placed.element
+        set_name, element = placed
+        self.added[set_name][element.key] = element
+
+    def add_list(self, set_name: str, elements: Iterable[Element]) -> None:
+        """The same for many elements of one set."""
+        added = self.added[set_name]
+        for element in elements:
+            added[element.key] = element
 
     def delete(self, set_name: str, key: bytes) -> None:
         """Delete an element that the kernel has."""
-        self.deleted.setdefault(set_name, {})[key] = None
+        self.deleted[set_name][key] = None
 
     def exchange(self, old: Iterable[Placed], new: Iterable[Placed]) -> None:
         """What makes the elements `old` into `new`; those that are equal are not touched."""
@@ -233,4 +259,9 @@ class Batch:
                 if self.added.get(set_name, {}).pop(key, None) is None:
                     self.delete(set_name, key)
         for set_name, elements in later.added.items():
-            self.added.setdefault(set_name, {}).update(elements)
+            deleted, added = self.deleted[set_name], self.added[set_name]
+            for key, element in elements.items():
+                if key in deleted and key not in added and set_name not in LABELLED and element == Element(key):
+                    del deleted[key]  # its key is all that there is of it: it may stay
+                else:
+                    added[key] = element

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from rules.forwarding import Backend, Family, Protocol
 from rules.nftables import names
 from rules.nftables.elements import (
+    COUNT_BITS,
     ENDPOINT_MAPS,
+    MAX_COUNT,
     Batch,
     Elements,
     MalformedError,
+    iter_backends,
+    iter_index_keys,
     unpack_backend,
     unpack_index_key,
     unpack_reference,
@@ -32,21 +36,44 @@ class FoundLists:
         self._keys: dict[int, list[tuple[str, bytes]]] = defaultdict(list)
         self._followed: dict[tuple[int, int, Protocol], BackendList] = {}
 
-        def direct(element: Element) -> tuple[int, int, Backend]:
-            return (*unpack_index_key(element.key), unpack_backend(element.data, family))
-
         def slot(element: Element) -> tuple[int, int, Backend]:
             return (*unpack_reference(element.key), unpack_backend(element.data, family))
 
-        self._direct = {protocol: self._sort(name, elements, direct) for protocol, name in ENDPOINT_MAPS.items()}
+        self._direct = {
+            protocol: self._sort_endpoints(name, elements.get(name, {}), family)
+            for protocol, name in ENDPOINT_MAPS.items()
+        }
         self._members = self._sort(names.MEMBERS, elements, _member)
         self._slots = self._sort(names.SLOTS, elements, slot)
         self._timeouts: dict[int, list[int]] = defaultdict(list)
         for name in elements:
             timeout = names.affinity_timeout(name)
-            if timeout is not None:
+            if timeout is not None and names.affinity(timeout) == name:
                 for number in self._sort(name, elements, _sticky):
                     self._timeouts[number].append(timeout)
+
+    def _sort_endpoints(
+        self, name: str, held: Mapping[bytes, Element], family: Family
+    ) -> dict[int, dict[int, Backend]]:
+        """As `_sort`, for the maps that hold most of all elements: all keys and all values are unpacked in one go."""
+        keys, values = list(held), [element.data for element in held.values()]
+        if not set(map(len, keys)) <= {8} or not set(map(len, values)) <= {family.address_bytes + 4}:
+
+            def direct(element: Element) -> tuple[int, int, Backend]:
+                return (*unpack_index_key(element.key), unpack_backend(element.data, family))
+
+            return self._sort(name, {name: held}, direct)
+        found: dict[int, dict[int, Backend]] = defaultdict(dict)
+        for key, (shifted, index), backend in zip(
+            keys, iter_index_keys(b"".join(keys)), iter_backends(b"".join(values), family), strict=True
+        ):
+            if shifted & MAX_COUNT:
+                self.malformed.append((name, key))
+                continue
+            number = shifted >> COUNT_BITS
+            found[number][index] = backend
+            self._keys[number].append((name, key))
+        return found
 
     def _sort(
         self, name: str, elements: Elements, unpack: Callable[[Element], tuple[int, int, T]]
@@ -79,11 +106,12 @@ class FoundLists:
         members, slots = self._members.get(number, {}), self._slots.get(number, {})
         timeouts = self._timeouts.get(number, [])
         direct = self._direct[protocol].get(number, {})
-        at = {index: slots[slot] for index, slot in members.items() if slot in slots} | direct
+        at = {index: slots[slot] for index, slot in members.items() if slot in slots} | direct if members else direct
         live = [at[index] for index in range(count) if index in at]
         order = list(live)
-        while len(order) in at:
-            order.append(at[len(order)])
+        if len(at) > count:
+            while len(order) in at:
+                order.append(at[len(order)])
         sticky = {backend: slot for slot, backend in slots.items()} if members else None
         content = Content(label, protocol, timeouts[0] if members and timeouts else 0, frozenset(live))
         found = BackendList(number, content, order, sticky)
@@ -108,8 +136,10 @@ class FoundLists:
         for number, found in by_number.items():
             keys = self._keys.pop(number, [])
             if len(found) == 1 and found[0].sound:
-                own = {(placed.set, placed.element.key) for placed in found[0].elements()}
-                model.adopt_leftovers(key for key in keys if key not in own)
+                # A sound list's own elements are all there: as many as it has means that there are no others.
+                if len(keys) > found[0].size:
+                    own = {(placed.set, placed.element.key) for placed in found[0].elements()}
+                    model.adopt_leftovers(key for key in keys if key not in own)
             else:
                 unsound += found
                 _delete_all(keys, repair)

@@ -8,6 +8,7 @@ before.  Decoding raises `DecodeError` on bytes that are no elements, and nothin
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -182,10 +183,28 @@ def _decode_list(data: bytes, elements: list[Element]) -> None:
                     continue
         element = _decode_element(data[position + HEAD.size : stop])
         elements.append(element)
+        first = shape is None
         shape = _shape_of(element, data[position:stop])
         if shape is not None:
             key_head, data_head, key_end, data_start, data_end = shape
+            if first and data_end == length and _decode_alike(data[position + length :], shape, elements):
+                return
         position += length + 3 & ~3
+
+
+def _decode_alike(data: bytes, shape: _Shape, elements: list[Element]) -> bool:
+    """Decode elements that are all of one shape without a comment; False, and nothing done, if they are not."""
+    length = shape.data_end
+    if len(data) % length:
+        return False
+    form = f"{shape.key_end - 12}s{shape.data_start - shape.key_end}s{shape.data_end - shape.data_start}s"
+    found = list(struct.iter_unpack(f"=2s10s{form}", data))
+    expected = HEAD.pack(length, 0)[:2], shape.key_head, shape.data_head
+    if any((head, key_head, data_head) != expected for head, key_head, _, data_head, _ in found):
+        return False
+    make = tuple.__new__
+    elements += [make(Element, (key, value, "", None, 0)) for _, _, key, _, value in found]
+    return True
 
 
 class _Shape(NamedTuple):

@@ -83,12 +83,16 @@ class BackendList:
         """The scratch value that leads to the list."""
         return pack_reference(self.number, len(self.content.backends))
 
+    @property
+    def index_set(self) -> str:
+        """The map in which the elements stand that belong to indexes."""
+        return ENDPOINT_MAPS[self.content.protocol] if self.slots is None else names.MEMBERS
+
     def index_element(self, index: int, backend: Backend) -> Placed:
         """The element that stands at an index."""
         key = index_key(self.number, index)
-        if self.slots is None:
-            return Placed(ENDPOINT_MAPS[self.content.protocol], Element(key, backend_data(backend)))
-        return Placed(names.MEMBERS, Element(key, pack_reference(self.number, self.slots[backend])))
+        data = backend_data(backend) if self.slots is None else pack_reference(self.number, self.slots[backend])
+        return Placed(self.index_set, Element(key, data))
 
     def slot_element(self, backend: Backend) -> Placed:
         """The element of a backend's slot."""
@@ -103,6 +107,11 @@ class BackendList:
             for backend in self.slots:
                 yield self.slot_element(backend)
             yield affinity_element(self.number, self.content.affinity)
+
+    @property
+    def size(self) -> int:
+        """How many elements the list has."""
+        return len(self.order) + (len(self.slots) + 1 if self.slots is not None else 0)
 
     def free_slot(self) -> int:
         """A slot that no backend has, and that was given up as long ago as can be arranged."""
@@ -211,30 +220,50 @@ class Model:
             if any(each is not None and not each.sound for each in (placement.list, placement.local_list))
         )
 
-    def owners(self, set_name: str, key: bytes) -> frozenset[Frontend]:
-        """The frontends that an element belongs to, as far as it is theirs alone; it walks all of them."""
-        lists = [
-            each for each in self._lists.values() if any(_key_of(own) == (set_name, key) for own in each.elements())
-        ]
-        if lists:
-            return frozenset(use.frontend for each in lists for use in each.uses)
-        return frozenset(
-            frontend
-            for frontend, placement in self.placements.items()
-            if any(_key_of(own) == (set_name, key) for own in placement.elements())
-        )
+    def owners(self, keys: Iterable[tuple[str, bytes]]) -> dict[tuple[str, bytes], set[Frontend]]:
+        """The frontends that need an element, for each of these (set, key); it walks all of them."""
+        found: dict[tuple[str, bytes], set[Frontend]] = {key: set() for key in keys}
+
+        def note(placed: Placed, frontends: Iterable[Frontend]) -> None:
+            owners = found.get(_key_of(placed))
+            if owners is not None:
+                owners.update(frontends)
+
+        for each in self._lists.values():
+            for placed in each.elements():
+                note(placed, (use.frontend for use in each.uses))
+        for frontend, placement in self.placements.items():
+            for placed in placement.elements():
+                note(placed, (frontend,))
+            if placement.route.kind is Kind.CLUSTER_IP:
+                note(cluster_ip_element(frontend.address), (frontend,))
+            for address, port in placement.route.backends:
+                note(hairpin_element(Endpoint(address, frontend.protocol, port)), (frontend,))
+        return found
 
     def elements(self) -> Iterator[Placed]:
-        """Every element that the kernel must hold for the routes, the lists in use and the hairpins."""
+        """The elements that the kernel must hold for the routes and the hairpins, but for those of lists."""
         for placement in self.placements.values():
             yield from placement.elements()
-        for each in self._lists.values():
-            if each.uses and each.sound:
-                yield from each.elements()
         for address in self._cluster_ips:
             yield cluster_ip_element(address)
         for endpoint in self.hairpins:
             yield hairpin_element(endpoint)
+
+    def owned(self) -> Iterator[tuple[Placed, tuple[Frontend, ...]]]:
+        """The elements of routes and lists, each with the frontends that it serves."""
+        for placement in self.placements.values():
+            for placed in placement.elements():
+                yield placed, (placement.frontend,)
+        for each in self._lists.values():
+            frontends = tuple(sorted({use.frontend for use in each.uses}))
+            for placed in each.elements():
+                yield placed, frontends
+
+    def hairpin_elements(self) -> Iterator[tuple[Placed, Endpoint]]:
+        """The elements of hairpins, each with its endpoint."""
+        for endpoint in self.hairpins:
+            yield hairpin_element(endpoint), endpoint
 
     # --- planning a change -----------------------------------------------------------------------------------
 
@@ -255,8 +284,12 @@ class Model:
             self._place(frontend, route, lists.get(Use(frontend, local=False)), lists.get(Use(frontend, local=True)))
         for frontend, old in before.items():
             new = self.placements.get(frontend)
-            batch.exchange(old.elements() if old else (), new.elements() if new else ())
-            for each in (old.list, old.local_list) if old else ():
+            if old is None:
+                for placed in new.elements() if new else ():
+                    batch.add(placed)
+                continue
+            batch.exchange(old.elements(), new.elements() if new else ())
+            for each in (old.list, old.local_list):
                 if each is not None and not each.uses:
                     self._retire(each, now)
         for address, count in addresses.items():
@@ -356,8 +389,14 @@ class Model:
         each = BackendList(self._free_number(), content, order, slots)
         self._lists[each.number] = each
         self._by_content[content] = each
-        for placed in each.elements():
-            batch.add(placed)
+        if slots is None:
+            # The bulk of a first sync: as `each.elements()`, without naming the map once for each.
+            number = each.number
+            elements = [Element(index_key(number, index), backend_data(own)) for index, own in enumerate(order)]
+            batch.add_list(each.index_set, elements)
+        else:
+            for placed in each.elements():
+                batch.add(placed)
         return each
 
     def _free_number(self) -> int:

@@ -2,7 +2,8 @@
 
 The kernel multicasts every change of nftables, our own included: 10 MB for a first sync of 50,000 Services.  A filter
 in the kernel lets through only datagrams that were caused by other sockets than ours, and of those a search for the
-table's name finds the ones that matter.  Datagrams that are lost (ENOBUFS) may have been any, so they count.
+table's name finds the ones that matter.  After the changes of a transaction comes the number of the new generation,
+and with it the process that made it.  Datagrams that are lost (ENOBUFS) may have been any, so they count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ import errno
 import socket
 import struct
 from collections.abc import Iterable
+
+from rules.dataplane import Stranger, Touch
+from rules.forwarding import Family
+from rules.netlink.attributes import DecodeError, Message, attributes, be32_of, messages, text_of
+from rules.netlink.transaction import SUBSYSTEM_NFTABLES, attributes_of, family_of
 
 _NETLINK_NETFILTER = 12
 _GROUP_NFTABLES = 7
@@ -23,6 +29,11 @@ _PORT_OFFSET = 12
 # Classic BPF: load a word, return a constant, jump if equal.
 _LOAD_WORD, _RETURN, _JUMP_EQUAL = 0x20, 0x06, 0x15
 _EVERYTHING = 0xFFFFFFFF
+
+_NEW_GENERATION = SUBSYSTEM_NFTABLES << 8 | 15
+_PROCESS_ID, _PROCESS_NAME = 2, 3
+_AT_ONCE = 1000
+"""Datagrams that are looked at in one go: some 10 ms."""
 
 
 class Monitor:
@@ -38,6 +49,8 @@ class Monitor:
             OSError: the kernel refuses the socket, its group or its filter.
         """
         self._needle = table.encode() + b"\0"
+        self._pending: set[Family] = set()
+        """Families that a transaction has touched whose end has not been told yet."""
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
         )
@@ -52,23 +65,51 @@ class Monitor:
         """The descriptor, for an event loop."""
         return self._socket.fileno()
 
-    def touched(self) -> bool:
-        """Whether what came in since the last call may have changed our table."""
-        found = False
-        while True:
+    def touched(self) -> frozenset[Touch]:
+        """Who may have changed our table since the last call, and in which family."""
+        found: set[Touch] = set()
+        for _ in range(_AT_ONCE):  # a flood leaves the rest for the next call
             try:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
-                return found
+                break
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                found = True
-            else:
-                found = found or self._needle in data
+                self._pending.update(Family)
+                data = b""
+            if self._needle in data or self._pending:
+                self._look(data, found)
+        return frozenset(found)
+
+    def _look(self, data: bytes, found: set[Touch]) -> None:
+        """Take note of the families that a datagram is about, and of the process when the transaction ends."""
+        try:
+            for message in messages(data):
+                if message.kind == _NEW_GENERATION:
+                    self._settle(_stranger(message), found)
+                elif self._needle in message.payload:
+                    self._pending.update(family for family in Family if family.af == family_of(message.payload))
+        except DecodeError:
+            self._pending.update(Family)
+            data = b""
+        if not data:  # the end of the transaction may be lost as well
+            self._settle(None, found)
+
+    def _settle(self, by: Stranger | None, found: set[Touch]) -> None:
+        found.update(Touch(family, by) for family in self._pending)
+        self._pending.clear()
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _stranger(message: Message) -> Stranger | None:
+    try:
+        found = attributes(attributes_of(message.payload))
+        return Stranger(text_of(found, _PROCESS_NAME), be32_of(found, _PROCESS_ID))
+    except DecodeError:
+        return None
 
 
 def _foreign_only(ports: list[int]) -> list[tuple[int, int, int, int]]:

@@ -150,6 +150,7 @@ def test_json_is_stable_and_has_addresses_as_text():
         "refusal": "drop",
         "affinitySeconds": 0,
         "sourceRanges": ["192.0.2.0/24"],
+        "masquerade": "the node",
     }
 
 
@@ -157,6 +158,21 @@ def test_yaml_says_the_same_as_json():
     assert yaml.safe_load(printed(Shown("n", TABLE), format_="yaml")) == json.loads(
         printed(Shown("n", TABLE), format_="json")
     )
+
+
+@given(st.sampled_from(Family).flatmap(strategies.tables), st.text(max_size=8))
+def test_every_table_is_yaml_that_says_the_same(table, label):
+    routes = {frontend: msgspec.structs.replace(route, label=label) for frontend, route in table.routes.items()}
+    for each in (table, msgspec.structs.replace(table, routes=routes)):
+        assert yaml.safe_load(printed(Shown("", each), format_="yaml")) == {"tables": [to_json(Shown("", each))]}
+
+
+def test_wide_says_whose_source_is_rewritten():
+    lines = printed(Shown("", TABLE), format_="wide").splitlines()
+    assert [line.rpartition("masqueraded: ")[2] for line in lines if "masqueraded" in line] == [
+        "who is no local pod",
+        "the node",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -298,10 +314,10 @@ class FakeLock:
 
 
 def opener(held):
-    """What opens dataplanes that hold `held`, by family; all that were opened are in its `opened`."""
+    """What opens dataplanes: nftables holds `held`, by family; all that were opened are in its `opened`."""
 
-    def open_dataplane(_name, family):
-        found = FakeDataplane(held.get(family))
+    def open_dataplane(name, family):
+        found = FakeDataplane(held.get(family) if name == "nftables" else None)
         if isinstance(found.held, UnavailableError):
             raise found.held
         open_dataplane.opened.append(found)
