@@ -34,7 +34,7 @@ def main(
 def _clean(open_dataplane: Callable[[str, Family], Dataplane]) -> int:
     removed = False
     failures: dict[str, None] = {}
-    for name in modes.BUILT:
+    for name in modes.present():
         for family in Family:
             try:
                 dataplane = open_dataplane(name, family)

@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rules.dataplane import Dataplane, UnavailableError
+from rules.dataplane import Dataplane, Touch, UnavailableError
 from rules.forwarding import Family
+from rules.iptables.programs import BACKENDS, Backend, available
 
-BUILT = ("nftables",)
+BUILT = ("nftables", "iptables")
 """The dataplanes that exist, the preferred one first."""
 
-PLANNED = ("iptables", "ipvs", "userspace")
+IPTABLES = "SLUICE_IPTABLES"
+"""The variable that says which iptables to use, `legacy` or `nft`; without it, the one in use on the node."""
+
+PLANNED = ("ipvs", "userspace")
 """Modes that have a name and are not built yet."""
 
 
 def choose(mode: str) -> str:
     """The dataplane for a configured mode.
 
-    A mode asked for by name is never replaced by another one; "" takes the preferred dataplane (DESIGN 4.10).
+    A mode asked for by name is never replaced by another one; "" takes the best that this node has (DESIGN 4.10).
 
     Raises:
-        UnavailableError: the mode is not built yet.
+        UnavailableError: the mode is not built yet, or this node has none of those that are.
     """
     if not mode:
-        return BUILT[0]
+        return _best()
     if mode not in BUILT:
         raise UnavailableError(
             f"mode {mode} is not built yet: use mode {' or '.join(BUILT)}, or leave the mode empty to let sluice choose"
         )
     return mode
+
+
+def _best() -> str:
+    reasons = []
+    for name in BUILT:
+        try:
+            dataplane = open_dataplane(name, supported_families()[0])
+            try:
+                dataplane.check()
+            finally:
+                dataplane.close()
+        except UnavailableError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if reasons:
+            from proxy.logs import get_logger  # noqa: PLC0415  # 60 ms that dump and verify do without
+
+            get_logger("sluice.modes").warning("mode chosen", mode=name, because="; ".join(reasons))
+        return name
+    raise UnavailableError("; ".join(reasons))
+
+
+def present() -> tuple[str, ...]:
+    """The dataplanes that may hold something on this node: one whose programs are not there holds nothing."""
+    return tuple(name for name in BUILT if name != "iptables" or any(available(family) for family in Family))
 
 
 def open_dataplane(name: str, family: Family) -> Dataplane:
@@ -39,6 +69,10 @@ def open_dataplane(name: str, family: Family) -> Dataplane:
     Raises:
         UnavailableError: this node cannot run it; the message says what is missing.
     """
+    if name == "iptables":
+        from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # one dataplane of several is loaded
+
+        return IptablesDataplane(family, _iptables_backend())
     if name != "nftables":
         raise UnavailableError(f"there is no dataplane {name}")
     # pyroute2 costs 0.1 s and 13 MB: help, version and render do without.
@@ -47,13 +81,49 @@ def open_dataplane(name: str, family: Family) -> Dataplane:
     return NftablesDataplane(family)
 
 
+def remove_others(dataplane: Dataplane) -> list[str]:
+    """Remove what other modes have left in a dataplane's family, now that its own rules are there; which ones had.
+
+    Raises:
+        DataplaneError: something could not be removed.
+    """
+    from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # one dataplane of several is loaded
+
+    removed = []
+    if isinstance(dataplane, IptablesDataplane) and dataplane.remove_other():
+        removed.append("iptables of the other kind")
+    for name in present():
+        if name == dataplane.name:
+            continue
+        try:
+            other = open_dataplane(name, dataplane.family)
+        except UnavailableError:
+            continue  # what cannot be opened holds nothing
+        try:
+            if other.cleanup():
+                removed.append(name)
+        finally:
+            other.close()
+    return removed
+
+
+def _iptables_backend() -> Backend | None:
+    asked = os.environ.get(IPTABLES, "")
+    for backend in BACKENDS:
+        if asked == backend:
+            return backend
+    if asked:
+        raise UnavailableError(f"{IPTABLES}={asked}: must be {' or '.join(BACKENDS)}, or not be set")
+    return None
+
+
 class Watch(Protocol):
     """Notices that another process touched our rules; readable when there is something to look at."""
 
     def fileno(self) -> int: ...
 
-    def touched(self) -> bool:
-        """Whether our rules may have been changed since the last call."""
+    def touched(self) -> Collection[Touch]:
+        """Who may have changed our rules since the last call."""
 
     def close(self) -> None: ...
 
@@ -64,6 +134,13 @@ def watch(dataplanes: Sequence[Dataplane]) -> Watch:
     Raises:
         OSError: the kernel offers none.
     """
+    from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # as above
+
+    written = [each for each in dataplanes if isinstance(each, IptablesDataplane)]
+    if written:
+        from rules.iptables.watch import Watch as IptablesWatch  # noqa: PLC0415  # as above
+
+        return IptablesWatch(written)
     from rules.nftables.dataplane import NftablesDataplane, watch_tables  # noqa: PLC0415  # as above
 
     return watch_tables(each for each in dataplanes if isinstance(each, NftablesDataplane))

@@ -63,7 +63,7 @@ class Held:
         self.wrong: Exception | None = None
 
     def open_dataplane(self, name: str, family: Family) -> Any:
-        return self if family is Family.IPV4 else Empty()
+        return self if name == "nftables" and family is Family.IPV4 else Empty()
 
     def open_conntrack(self, family: Family) -> Any:
         assert family is Family.IPV4

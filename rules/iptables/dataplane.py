@@ -1,0 +1,403 @@
+"""The iptables dataplane: one family's rules in the tables nat and filter, by iptables-save and iptables-restore.
+
+Every write is one iptables-restore, which changes each table in one transaction, filter before nat, and touches our
+chains and our jumps alone.  A `sync` rests on what iptables-save printed; an `apply` on the model of what was written
+last, and rewrites the chains that change.
+
+iptables-legacy replaces a table as a whole in the kernel, whatever changes in it: there a change costs time that grows
+with all Services, and the period between syncs is what batches changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, RawItem, UnavailableError
+from rules.forwarding import Delta, Family, ForwardingTable, Frontend, Route, apply_delta
+from rules.iptables.decode import Reading, decode
+from rules.iptables.layout import JUMPS, Options
+from rules.iptables.model import Model
+from rules.iptables.programs import (
+    OPTIONAL,
+    Backend,
+    Programs,
+    RestoreError,
+    available,
+    choose,
+    missing_features,
+)
+from rules.iptables.text import TABLES, Changes, Jump, Ruleset, Saved, TextError, parse, restore_lines
+from rules.iptables.watch import Signature, signature
+
+_LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
+_NOTES = 10
+
+
+class _Step(NamedTuple):
+    """The input of one iptables-restore."""
+
+    lines: list[str]
+    operations: int
+    """Rules written and chains removed."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.lines, ""])
+
+
+class IptablesDataplane:
+    """The chains SLUICE-* of one family, in the network namespace of the threads that call."""
+
+    name = "iptables"
+
+    def __init__(self, family: Family, backend: Backend | None = None) -> None:
+        """Of a family, by iptables-legacy or iptables-nft; None: the one in use on this node.
+
+        Raises:
+            UnavailableError: the node lacks the programs; the message says what to install.
+        """
+        self._family = family
+        self._programs = choose(family, backend)
+        self._missing: frozenset[str] | None = None
+        """Features that the node lacks; None: not tried yet."""
+        self._drop_invalid = not _conntrack_is_liberal()
+        self._model: Model | None = None
+        """What the kernel holds since the last write."""
+        self._busy = threading.Lock()
+        """Held while rules are written, so that a watch doesn't take that for another process."""
+        self._signature: Signature | None = None
+        self._undisturbed: Hashable = None
+        """What the signature was after the last write; None: it isn't known."""
+
+    @property
+    def family(self) -> Family:
+        return self._family
+
+    @property
+    def backend(self) -> Backend:
+        """Which programs are used."""
+        return self._programs.backend
+
+    @property
+    def capabilities(self) -> Capabilities:
+        missing = self._missing or frozenset()
+        return Capabilities(
+            labels="comment" not in missing,
+            affinity="recent" not in missing,
+            loopback_node_ports=self._family is Family.IPV4,
+        )
+
+    def check(self) -> None:
+        """Try what rules need, in a chain that nothing leads to; see `rules.dataplane.Dataplane`."""
+        try:
+            missing = missing_features(self._programs)
+        except UnavailableError:
+            raise
+        except DataplaneError:
+            return  # the first sync says what is wrong
+        if needed := missing - OPTIONAL:
+            raise UnavailableError(
+                f"mode iptables needs {', '.join(sorted(needed))}, which this kernel or iptables-{self.backend} lacks"
+            )
+        self._missing = missing
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def read(self) -> ForwardingTable | None:
+        """The table that the kernel holds; see `rules.dataplane.Dataplane`."""
+        reading = decode(_saved(self._programs), self._family)
+        return reading.table if reading else None
+
+    def raw(self) -> Raw | None:
+        """The chains and rules themselves; see `rules.dataplane.Dataplane`."""
+        saved = _saved(self._programs)
+        reading = decode(saved, self._family)
+        return None if reading is None else Raw(reading.table, _raw_items(saved, reading))
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    def sync(self, table: ForwardingTable) -> Applied:
+        """Make the kernel hold `table`; see `rules.dataplane.Dataplane`."""
+        with self._writing():
+            return self._sync(table)
+
+    def _sync(self, table: ForwardingTable) -> Applied:
+        self._model = None
+        saved = _saved(self._programs)
+        reading = decode(saved, self._family)
+        found = reading.table if reading else None
+        options, notes = self._options()
+        wanted = self._fit(table)
+        refused: dict[Frontend, str] = {}
+        try:
+            step = self._write(saved, wanted, options)
+        except RestoreError as error:
+            if not error.ours:
+                raise
+            step = self._write_without_culprits(error, found, wanted, options, refused)
+        why = {table.routes[frontend].label or str(frontend): reason for frontend, reason in refused.items()}
+        damage = sorted(found.damage) if found else []
+        notes += [f"repaired: {each}" for each in damage[:_NOTES]]
+        if len(damage) > _NOTES:
+            notes.append(f"repaired: {len(damage) - _NOTES} chains more")
+        return Applied(
+            operations=step.operations,
+            bytes_sent=len(step.text) if step.lines else 0,
+            refused=frozenset(why),
+            why_refused=why,
+            full=True,
+            notes=tuple(notes),
+            found=found,
+        )
+
+    def apply(self, delta: Delta) -> Applied:
+        """Apply `delta` to what was written last; see `rules.dataplane.Dataplane`."""
+        model, self._model = self._model, None
+        if model is None:
+            raise DataplaneError("nothing is known of the kernel's rules: a sync must come first")
+        delta = msgspec.structs.replace(delta, changed=self._fit_routes(delta.changed))
+        if delta.node is not None and delta.node != model.facts:
+            before, model = model, Model(apply_delta(model.table(), delta), model.options)
+            changes = _replace(before.chains(), model.chains())
+        else:
+            changes = model.plan(delta)
+        step = _step(changes)
+        if step.lines:
+            with self._writing():
+                self._programs.apply(step.text)
+        self._model = model
+        return Applied(operations=step.operations, bytes_sent=len(step.text) if step.lines else 0)
+
+    def _write(self, saved: Saved, wanted: ForwardingTable, options: Options) -> _Step:
+        """Write what makes `saved` into `wanted`."""
+        self._model = None
+        model = Model(wanted, options)
+        changes = _replace(saved.chains, model.chains())
+        kept = set()
+        stale = []
+        for jump in saved.jumps:
+            if jump in JUMPS and jump not in kept:
+                kept.add(jump)
+            else:
+                stale.append(jump)
+        step = _step(changes, [jump for jump in JUMPS if jump not in kept], stale)
+        if step.lines:
+            self._attempt(step, model)
+        self._model = model
+        return step
+
+    def _attempt(self, step: _Step, model: Model) -> None:
+        try:
+            self._programs.apply(step.text)
+        except RestoreError as error:
+            error.owners = _owners(step, model, error.line)
+            raise
+
+    def _write_without_culprits(
+        self,
+        error: RestoreError,
+        found: ForwardingTable | None,
+        wanted: ForwardingTable,
+        options: Options,
+        refused: dict[Frontend, str],
+    ) -> _Step:
+        """Write what can be written, and put into `refused` what cannot, and why.
+
+        Where the program named a line, its route is left out.  Else those that are new are tried in halves.
+        """
+        while error.owners:
+            refused |= dict.fromkeys(error.owners, str(error))
+            try:
+                return self._write(_saved(self._programs), _without(wanted, refused), options)
+            except RestoreError as again:
+                if not again.ours:
+                    raise
+                error = again
+        held = found.routes if found is not None and not found.damage else {}
+        doubtful = [
+            frontend
+            for frontend, route in wanted.routes.items()
+            if held.get(frontend) != route and frontend not in refused
+        ]
+        left_out = {*refused, *doubtful}
+        step = self._write(_saved(self._programs), _without(wanted, left_out), options)
+        pending = [doubtful]
+        while pending:
+            candidates = pending.pop()
+            try:
+                step = self._write(_saved(self._programs), _without(wanted, left_out.difference(candidates)), options)
+            except RestoreError as again:
+                if not again.ours:
+                    raise
+                half = len(candidates) // 2
+                if half:
+                    pending += [candidates[half:], candidates[:half]]
+                else:
+                    refused |= dict.fromkeys(candidates, str(again))
+            else:
+                left_out.difference_update(candidates)
+        if self._model is None:  # the last attempt failed
+            step = self._write(_saved(self._programs), _without(wanted, left_out), options)
+        return step
+
+    def _options(self) -> tuple[Options, list[str]]:
+        """What this node can do, and what it lacks, for the log.  Raises UnavailableError."""
+        tried = self._missing is not None
+        if not tried:
+            self.check()
+        missing = self._missing or frozenset()
+        notes = []
+        if missing and not tried:
+            notes.append(f"iptables-{self.backend} on this node lacks {', '.join(sorted(missing))}")
+        return Options(random_fully="random-fully" not in missing, drop_invalid=self._drop_invalid), notes
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._busy:
+            self._undisturbed = None
+            yield
+            if self._signature is not None:
+                with contextlib.suppress(OSError):
+                    self._undisturbed = self._signature.take()
+
+    def disturbed(self) -> bool:
+        """Whether the rules are others than after the last write, or the last call; see `rules.iptables.watch`."""
+        if not self._busy.acquire(blocking=False):
+            return False
+        try:
+            if self._signature is None:
+                self._signature = signature(self._family, self.backend)
+            now = self._signature.take()
+        except (OSError, ValueError):
+            return False
+        else:
+            before, self._undisturbed = self._undisturbed, now
+            return before is not None and before != now
+        finally:
+            self._busy.release()
+
+    def _fit(self, table: ForwardingTable) -> ForwardingTable:
+        """The table as this node can store it."""
+        return msgspec.structs.replace(table, routes=self._fit_routes(table.routes), damage=frozenset())
+
+    def _fit_routes(self, routes: Mapping[Frontend, Route]) -> Mapping[Frontend, Route]:
+        can = self.capabilities
+        if can.affinity and can.labels:
+            return routes
+        return {
+            frontend: msgspec.structs.replace(
+                route,
+                affinity=route.affinity if can.affinity else 0,
+                label=route.label if can.labels else "",
+            )
+            for frontend, route in routes.items()
+        }
+
+    # --- the rest ----------------------------------------------------------------------------------------------
+
+    def cleanup(self) -> bool:
+        """Remove our chains and jumps; see `rules.dataplane.Dataplane`."""
+        self._model = None
+        # Where both kinds of programs are, an earlier run may have used the other one.
+        removed = [_remove(each) for each in available(self._family).values()]
+        return any(removed)
+
+    def remove_other(self) -> bool:
+        """Remove what the other kind of programs holds of ours, from before a change of kinds; whether there was any.
+
+        Raises:
+            DataplaneError: it could not be removed.
+        """
+        others = [each for each in available(self._family).values() if each.backend != self.backend]
+        removed = [_remove(each) for each in others]
+        return any(removed)
+
+    def close(self) -> None:
+        """End what watches; the rules stay."""
+        with self._busy:
+            if self._signature is not None:
+                self._signature.close()
+                self._signature = None
+
+
+def _remove(programs: Programs) -> bool:
+    """Remove what is ours; whether there was anything."""
+    saved = _saved(programs)
+    if not saved:
+        return False
+    gone: Changes = {table: dict.fromkeys(saved.chains[table]) for table in TABLES}
+    programs.apply(_step(gone, (), saved.jumps).text)
+    return True
+
+
+def _saved(programs: Programs) -> Saved:
+    try:
+        return parse(programs.saved())
+    except TextError as error:
+        raise DataplaneError(f"{programs.save} printed what makes no sense: {error}") from error
+
+
+def _replace(old: Ruleset, new: Ruleset) -> Changes:
+    """The chains that differ."""
+    changes: Changes = {
+        table: {
+            **dict.fromkeys(old[table].keys() - new[table].keys()),
+            **{name: rules for name, rules in new[table].items() if old[table].get(name) != rules},
+        }
+        for table in TABLES
+    }
+    return changes
+
+
+def _step(changes: Changes, jumps: Iterable[Jump] = (), stale: Iterable[Jump] = ()) -> _Step:
+    jumps, stale = list(jumps), list(stale)
+    lines = list(restore_lines(changes, jumps=jumps, stale_jumps=stale))
+    operations = len(jumps) + len(stale)
+    operations += sum(1 if not rules else len(rules) for chains in changes.values() for rules in chains.values())
+    return _Step(lines, operations)
+
+
+def _owners(step: _Step, model: Model, line: int | None) -> frozenset[Frontend]:
+    """The frontends for which a line of the input was written; none where that cannot be told."""
+    if line is None or not 0 < line <= len(step.lines):
+        return frozenset()
+    text = step.lines[line - 1]
+    if not text.startswith("-A "):
+        return frozenset()
+    return model.owners(text[3:].partition(" ")[0], text)
+
+
+def _without(table: ForwardingTable, frontends: Iterable[Frontend]) -> ForwardingTable:
+    out = frozenset(frontends)
+    return msgspec.structs.replace(
+        table, routes={frontend: route for frontend, route in table.routes.items() if frontend not in out}
+    )
+
+
+def _raw_items(saved: Saved, reading: Reading) -> list[RawItem]:
+    model = Model(reading.table, reading.options)
+    served = model.served()
+    items = [RawItem(0, f"{each.table} {each.chain}: {each.rule.text}") for each in saved.jumps]
+    for table in TABLES:
+        items.append(RawItem(0, f"table {table}"))
+        for name, rules in sorted(saved.chains[table].items()):
+            items.append(RawItem(1, f"chain {name}", served.get((table, name, ""), ())))
+            for rule in rules:
+                comment = f'  "{rule.comment}"' if rule.comment else ""
+                frontends = served.get((table, name, rule.text)) or served.get((table, name, ""), ())
+                items.append(RawItem(2, rule.text + comment, frontends))
+    return items
+
+
+def _conntrack_is_liberal() -> bool:
+    """Whether conntrack takes TCP packets out of their window as they are (IPT-15)."""
+    try:
+        return _LIBERAL.read_text().strip() != "0"
+    except OSError:
+        return False

@@ -1,0 +1,149 @@
+"""The text that iptables-save prints and iptables-restore takes, as far as our own chains need it.
+
+A rule is held as iptables-save prints it, matches in its order, without the comment: so that what is encoded and what
+is read back are compared as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+PREFIX = "SLUICE-"
+"""Chains whose names begin so are ours, and no others."""
+NAT = "nat"
+FILTER = "filter"
+TABLES = (FILTER, NAT)
+"""The tables that we write, in the order in which they are committed, which is kube-proxy's.  Rules of the filter table
+see only what was not translated: they may stand before their time."""
+
+_MAX_COMMENT = 255
+_COMMENT = re.compile(r' -m comment --comment (?:"((?:[^"\\]|\\.)*)"|(\S*))')
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
+_JUMP = re.compile(rf" -[jg] {PREFIX}")
+
+
+class TextError(Exception):
+    """What iptables-save printed is not what it prints; the message says where."""
+
+
+class Rule(NamedTuple):
+    """One rule of ours: what it asks for and does, in iptables-save's words, and its comment."""
+
+    text: str
+    comment: str = ""
+
+    def line(self, chain: str) -> str:
+        """The rule as iptables-restore takes it, at the end of a chain."""
+        return f"-A {chain} {self.text}{self.comment and f' -m comment --comment {quote(self.comment)}'}"
+
+
+Rules = tuple[Rule, ...]
+Ruleset = dict[str, dict[str, Rules]]
+"""Our chains, by table and name."""
+
+
+class Jump(NamedTuple):
+    """A rule in a chain that is not ours, which leads to one of ours."""
+
+    table: str
+    chain: str
+    rule: Rule
+
+
+class Saved(NamedTuple):
+    """What there is of ours."""
+
+    chains: Ruleset
+    jumps: tuple[Jump, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.jumps) or any(self.chains.values())
+
+
+def quote(comment: str) -> str:
+    """A comment as an argument: one line, no longer than the kernel has room for."""
+    short = _UNPRINTABLE.sub("?", comment).encode()[:_MAX_COMMENT].decode(errors="ignore")
+    return '"' + short.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule as it stands behind `-A CHAIN `."""
+    spaced = " " + text
+    found = _COMMENT.search(spaced)
+    if found is None:
+        return Rule(text)
+    quoted, bare = found.groups()
+    comment = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else bare
+    return Rule((spaced[: found.start()] + spaced[found.end() :])[1:], comment)
+
+
+def parse(text: str) -> Saved:
+    """What is ours in the output of iptables-save; foreign chains and rules are passed over.
+
+    Raises:
+        TextError: a line of ours makes no sense, or the output ends within a table.
+    """
+    chains: dict[str, dict[str, list[Rule]]] = {table: {} for table in TABLES}
+    jumps: list[Jump] = []
+    table = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.startswith("*"):
+            table = line[1:]
+        elif line == "COMMIT":
+            table = ""
+        elif table not in chains:
+            continue
+        elif line.startswith(f":{PREFIX}"):
+            chains[table].setdefault(line[1:].partition(" ")[0], [])
+        elif line.startswith(f"-A {PREFIX}"):
+            name, _, rest = line[3:].partition(" ")
+            if name not in chains[table]:
+                raise TextError(f"line {number}: a rule of {name}, which was not declared")
+            chains[table][name].append(parse_rule(rest))
+        elif line.startswith("-A ") and _JUMP.search(line):
+            name, _, rest = line[3:].partition(" ")
+            jumps.append(Jump(table, name, parse_rule(rest)))
+    if table:
+        raise TextError(f"the table {table} has no end")
+    return Saved(
+        {table: {name: tuple(rules) for name, rules in each.items()} for table, each in chains.items()}, tuple(jumps)
+    )
+
+
+Changes = Mapping[str, Mapping[str, Rules | None]]
+"""What becomes of our chains, by table and name; None: they are to go."""
+
+
+def restore_lines(changes: Changes, *, jumps: Iterable[Jump] = (), stale_jumps: Iterable[Jump] = ()) -> Iterator[str]:
+    """The input of iptables-restore --noflush that makes these changes.
+
+    Chains are declared in the order of their names: iptables-nft keeps them in a sorted list, and looks for the place
+    of each from its beginning.
+
+    Args:
+        changes: chains to write or to remove.
+        jumps: rules to put at the beginnings of chains that are not ours.
+        stale_jumps: rules to take out of such chains.
+    """
+    added, stale = list(jumps), list(stale_jumps)
+    for table in TABLES:
+        chains = changes.get(table, {})
+        new, old = [jump for jump in added if jump.table == table], [jump for jump in stale if jump.table == table]
+        if not (chains or new or old):
+            continue
+        yield f"*{table}"
+        for name in sorted(chains):
+            yield f":{name} - [0:0]"
+        for name, rules in chains.items():
+            for rule in rules or ():
+                yield rule.line(name)
+        for jump in old:
+            yield "-D" + jump.rule.line(jump.chain)[2:]
+        for jump in new:
+            yield "-I" + jump.rule.line(jump.chain)[2:]
+        for name, rules in chains.items():
+            if rules is None:
+                yield f"-X {name}"
+        yield "COMMIT"

@@ -1,0 +1,154 @@
+"""Noticing that another process touched our rules: flushed them, as firewalld's reload does, or edited them.
+
+iptables tells nobody of changes.  So a thread asks the kernel once a second for something small that a change alters,
+and compares it with what it was after our last write:
+
+* legacy: how many entries each table has, and how large it is.  Anybody's rules count, so that a change of theirs has
+  ours read once more, and nothing written.
+* nft: how many rules and jumps each chain of ours has, where the generation says that anything changed at all.
+
+A rule exchanged for another one of its size stays unnoticed until the next read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+from rules.dataplane import Touch
+from rules.forwarding import Family
+from rules.iptables.programs import Backend
+from rules.iptables.text import PREFIX, TABLES
+
+PERIOD = 1.0
+"""Seconds between two looks."""
+
+_GET_INFO = 64
+_INFO_SIZE = 84
+"""Of struct ipt_getinfo: a name of 32 bytes, hooks, 5 entries, 5 underflows, the number of entries, the size."""
+_NAME_SIZE = 32
+_GET_CHAIN = 4
+
+
+class Signature(Protocol):
+    """Tells something small of the kernel's rules, which a change alters."""
+
+    def take(self) -> Hashable:
+        """What it is now.  Raises OSError."""
+
+    def close(self) -> None: ...
+
+
+def signature(family: Family, backend: Backend) -> Signature:
+    """Of the rules that the programs of a kind write, in the network namespace of the thread.
+
+    Raises:
+        OSError: the kernel refuses the socket.
+    """
+    return _Legacy(family) if backend == "legacy" else _Nft(family)
+
+
+class _Legacy:
+    def __init__(self, family: Family) -> None:
+        self._socket = socket.socket(family.af, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+        self._level = socket.IPPROTO_IP if family is Family.IPV4 else socket.IPPROTO_IPV6
+        self._library = ctypes.CDLL(None, use_errno=True)
+
+    def take(self) -> Hashable:
+        return tuple(self._info(table) for table in TABLES)
+
+    def _info(self, table: str) -> bytes:
+        """What the kernel says of a table; empty if there is none."""
+        buffer = ctypes.create_string_buffer(table.encode(), _INFO_SIZE)
+        size = ctypes.c_uint32(_INFO_SIZE)
+        done = self._library.getsockopt(self._socket.fileno(), self._level, _GET_INFO, buffer, ctypes.byref(size))
+        return buffer.raw[_NAME_SIZE:] if done == 0 else b""
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _Nft:
+    def __init__(self, family: Family) -> None:
+        # pyroute2, which nothing else of this dataplane needs.
+        from rules.netlink.transaction import NetfilterSocket  # noqa: PLC0415
+
+        self._socket = NetfilterSocket()
+        self._family = family
+        self._last: tuple[int, Hashable] | None = None
+
+    def take(self) -> Hashable:
+        from rules.netlink.transaction import attributes_of, netfilter_message  # noqa: PLC0415  # likewise
+
+        generation = self._socket.generation()
+        if self._last is None or self._last[0] != generation:
+            ours = PREFIX.encode()
+            chains = self._socket.dump(netfilter_message(_GET_CHAIN, 0, self._family.af, b""))
+            self._last = generation, hash(tuple(attributes_of(each) for each in chains if ours in each))
+        return self._last[1]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Watched(Protocol):
+    """A dataplane that can tell whether others changed its rules."""
+
+    @property
+    def family(self) -> Family: ...
+
+    def disturbed(self) -> bool:
+        """Whether the rules are others than after the last write, or the last call."""
+
+
+class Watch:
+    """Becomes readable when another process may have changed our rules."""
+
+    def __init__(self, watched: Sequence[Watched], *, period: float = PERIOD) -> None:
+        """Of dataplanes, at which a thread looks every `period` seconds until `close`.
+
+        Raises:
+            OSError: there are no more descriptors.
+        """
+        self._watched = watched
+        self._period = period
+        self._reader = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._touched: set[Family] = set()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        for each in watched:
+            each.disturbed()  # from now on it knows what its own writes lead to
+        self._thread = threading.Thread(target=self._look, name="iptables watch", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """The descriptor, for an event loop."""
+        return self._reader
+
+    def touched(self) -> frozenset[Touch]:
+        """In which families rules may have been changed since the last call; by whom, iptables never tells."""
+        try:
+            os.eventfd_read(self._reader)
+        except BlockingIOError:
+            return frozenset()
+        with self._lock:
+            touched, self._touched = self._touched, set()
+        return frozenset(Touch(family, None) for family in touched)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+        os.close(self._reader)
+
+    def _look(self) -> None:
+        while not self._ended.wait(self._period):
+            for each in self._watched:
+                if each.disturbed():
+                    with self._lock:
+                        self._touched.add(each.family)
+                    os.eventfd_write(self._reader, 1)

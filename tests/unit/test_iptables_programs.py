@@ -1,0 +1,113 @@
+"""Which iptables a node uses, told by programs that stand in for the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rules.dataplane import DataplaneError
+from rules.forwarding import Family
+from rules.iptables.programs import (
+    FEATURES,
+    Backend,
+    Programs,
+    RestoreError,
+    detect,
+    missing_features,
+)
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Install:
+    """Puts a program into a directory: a shell script."""
+
+    def write(name: str, script: str) -> None:
+        file = tmp_path / name
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+
+    return write
+
+
+def pair(install: Install, backend: Backend, saved: str = "", tmp_path: Path = Path()) -> Programs:
+    """Programs of a kind that hold what iptables-save is to print."""
+    save, restore = f"iptables-{backend}-save", f"iptables-{backend}-restore"
+    install(save, f"cat <<'END'\n{saved}\nEND")
+    install(restore, "exit 0")
+    return Programs(Family.IPV4, backend, str(tmp_path / save), str(tmp_path / restore))
+
+
+HINT = "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT"
+KUBE = "*nat\n:KUBE-SERVICES - [0:0]\n-A KUBE-SERVICES -j RETURN\nCOMMIT"
+OURS = "*nat\n:SLUICE-SERVICES - [0:0]\nCOMMIT"
+MANY = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -j ACCEPT\n-A INPUT -j DROP\nCOMMIT"
+ONE = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -j ACCEPT\nCOMMIT"
+
+
+@pytest.mark.parametrize(
+    ("nft", "legacy", "wanted"),
+    [
+        ("", OURS, "legacy"),
+        (OURS, HINT, "nft"),
+        (HINT, OURS, "legacy"),
+        (MANY, HINT, "legacy"),
+        (HINT, KUBE, "nft"),
+        (MANY, KUBE, "legacy"),
+        (ONE, MANY, "legacy"),
+        (MANY, ONE, "nft"),
+    ],
+)
+def test_the_kind_in_use_is_where_rules_are(
+    nft: str, legacy: str, wanted: Backend, install: Install, tmp_path: Path
+) -> None:
+    found: dict[Backend, Programs] = {
+        "nft": pair(install, "nft", nft, tmp_path),
+        "legacy": pair(install, "legacy", legacy, tmp_path),
+    }
+    assert detect(found, Family.IPV4) == wanted
+
+
+@pytest.mark.parametrize(("says", "wanted"), [("v1.8.9 (nf_tables)", "nft"), ("v1.8.9 (legacy)", "legacy")])
+def test_without_rules_the_default_of_the_system_counts(
+    says: str, wanted: Backend, install: Install, tmp_path: Path
+) -> None:
+    found: dict[Backend, Programs] = {
+        "nft": pair(install, "nft", "", tmp_path),
+        "legacy": pair(install, "legacy", "", tmp_path),
+    }
+    install("iptables-restore", f"echo 'iptables-restore {says}'")
+    assert detect(found, Family.IPV4, {"PATH": str(tmp_path)}) == wanted
+
+
+def test_a_line_that_is_refused_is_told_and_a_busy_lock_is_nobodys_fault(install: Install, tmp_path: Path) -> None:
+    programs = pair(install, "nft", "", tmp_path)
+    install("iptables-nft-restore", "echo 'line 4: RULE_APPEND failed (Invalid argument): rule in chain X' >&2; exit 4")
+    with pytest.raises(RestoreError, match="RULE_APPEND failed") as refused:
+        programs.apply("*nat\nCOMMIT\n")
+    assert (refused.value.line, refused.value.ours) == (4, True)
+    install("iptables-nft-restore", "echo 'Another app is currently holding the xtables lock' >&2; exit 4")
+    with pytest.raises(RestoreError) as refused:
+        programs.apply("*nat\nCOMMIT\n")
+    assert not refused.value.ours
+
+
+def test_programs_that_cannot_be_run_are_an_error_of_the_dataplane(tmp_path: Path) -> None:
+    programs = Programs(Family.IPV4, "nft", str(tmp_path / "none"), str(tmp_path / "none"))
+    with pytest.raises(DataplaneError, match="cannot be run"):
+        programs.saved()
+
+
+def test_features_that_are_missing_are_found_one_by_one(install: Install, tmp_path: Path) -> None:
+    programs = pair(install, "nft", "", tmp_path)
+    install(
+        "iptables-nft-restore",
+        "if grep -qe '-m recent' -e '--random-fully'; then echo 'line 3: RULE_APPEND failed' >&2; exit 4; fi",
+    )
+    assert missing_features(programs) == {"recent", "random-fully"}
+    install("iptables-nft-restore", "exit 0")
+    assert missing_features(programs) == frozenset()
+    assert "statistic" in FEATURES
