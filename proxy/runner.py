@@ -93,27 +93,29 @@ class Allowance:
     """How often the kernel may be read because another process touched our rules.
 
     One that touches them once is answered at once.  One that fights for them (another agent, a script in a loop)
-    answers every repair with another change: it gets `burst` answers at once, then one every `every` seconds, and
-    fewer where an answer takes long, so that no more than a `share` of the time goes into the fight.
+    answers every repair with another change: it gets `burst` answers at once, then one every `every` seconds, or
+    fewer if an answer takes long, so that no more than a `share` of the time goes into the fight.
     """
 
     def __init__(self, *, burst: int = 10, every: float = 3.0, share: float = 0.05) -> None:
-        self._every = every
+        self._burst = burst
+        self._every = self._pace = every
         self._share = share
-        self._most = self._balance = burst * every
+        self._left = float(burst)
         self._since = 0.0
 
     def wait(self, now: float) -> float:
         """Seconds until the kernel may be read; `now` is monotonic."""
-        return max(0.0, self._every - self._balance_at(now))
+        return max(0.0, (1.0 - self._left_at(now)) * self._pace)
 
     def spend(self, now: float, seconds: float) -> None:
         """An answer has ended, that took so many seconds."""
-        self._balance = self._balance_at(now) - max(self._every, seconds / self._share)
+        self._left = self._left_at(now) - 1.0
         self._since = now
+        self._pace = max(self._every, seconds / self._share)
 
-    def _balance_at(self, now: float) -> float:
-        return min(self._most, self._balance + now - self._since)
+    def _left_at(self, now: float) -> float:
+        return min(self._burst, self._left + (now - self._since) / self._pace)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

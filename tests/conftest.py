@@ -14,4 +14,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("work", parent=settings.get_profile("suite"), max_examples=500, phases=list(Phase))
+# `make fuzz`: the decoders, for as long as somebody has patience.
+settings.register_profile("fuzz", parent=settings.get_profile("work"), max_examples=20_000)
 settings.load_profile("suite")

@@ -86,6 +86,7 @@ class _Demo:
         self.screen = screen
         self.world = world
         self.manifests = directory / "manifests"
+        self.run_directory = directory / "run"
         self.log = directory / "agent.log"
         self.config = directory / "config.yaml"
         self.agent: subprocess.Popen[Any] | None = None
@@ -128,6 +129,8 @@ class _Demo:
             str(self.config),
             "--manifests",
             str(self.manifests),
+            "--run-directory",
+            str(self.run_directory),
         ]
         with self.log.open("wb") as log:
             self.agent = self.world.start(plan.NODE1.name, command, stdout=log, stderr=subprocess.STDOUT)

@@ -290,7 +290,13 @@ def test_a_fight_never_takes_more_than_its_share(burst: int, every: float, share
     found = answers(Allowance(burst=burst, every=every, share=share), length, seconds)
     spent = len(found) * seconds
     # The burst comes on top, and the answer that is at work in the end.
-    assert spent <= share * (length + burst * every) + 2 * seconds + share * every
+    assert spent <= share * length + (burst + 2) * seconds
+
+
+def test_a_large_table_has_its_burst_too() -> None:
+    found = answers(Allowance(burst=10, every=3.0, share=0.05), 300.0, 2.0)
+    assert found[9] == pytest.approx(9 * 2.0), "ten answers without a pause"
+    assert found[11] - found[10] == pytest.approx(2.0 / 0.05, rel=0.1)
 
 
 def test_after_a_while_of_peace_the_burst_is_there_again() -> None:

@@ -82,6 +82,34 @@ def test_SYN_8_without_a_minimum_every_request_runs_at_once() -> None:
     assert ran(periods, [0.0, 0.1, 0.2], until=3) == [(0.0, True), (0.1, True), (0.2, True)]
 
 
+def test_an_urgent_request_does_not_wait_for_the_minimum() -> None:
+    async def scenario() -> list[str]:
+        events: list[str] = []
+
+        async def run(_periodic: bool) -> bool:
+            events.append("run")
+            return True
+
+        async def wait(event: asyncio.Event, seconds: float) -> bool:
+            if event.is_set():
+                return True
+            events.append(f"waits {seconds:g}")
+            if events == ["run", "waits 1"]:
+                runner.request()
+                runner.request(urgent=True)
+                return True
+            raise asyncio.CancelledError
+
+        runner = Runner(run, PERIODS, wait)
+        runner.request()
+        assert runner.pending
+        with pytest.raises(asyncio.CancelledError):
+            await runner.loop()
+        return events
+
+    assert asyncio.run(scenario()) == ["run", "waits 1", "run", "waits 1"]
+
+
 def test_requests_with_the_real_clock_wake_the_loop() -> None:
     async def scenario() -> list[bool]:
         runs: list[bool] = []

@@ -33,8 +33,7 @@ def metrics():
 
 def test_names_and_types_are_those_of_kube_proxy(metrics):
     ours, theirs = types(metrics.exposition().decode()), types(RECORDED)
-    reconciler = {name for name in theirs if "conntrack_reconciler" in name}  # MET-24, MET-25: not built yet
-    assert {name: kind for name, kind in theirs.items() if name not in reconciler}.items() <= ours.items()
+    assert theirs.items() <= ours.items()
 
 
 def test_met_1_buckets_are_those_of_kube_proxy(metrics):
@@ -87,6 +86,15 @@ def test_met_33_what_a_mode_does_not_have_is_absent():
     assert "kubeproxy_sync_proxy_rules_nftables_sync_failures_total" not in names
 
 
+def test_met_24_and_25_stale_flows(metrics):
+    metrics.reconciled(V4, 0.25, 3)
+    metrics.reconciled(V4, 0.5, 0)
+    found = samples(metrics)
+    assert found['kubeproxy_conntrack_reconciler_sync_duration_seconds_sum{ip_family="IPv4"}'] == 0.75
+    assert found['kubeproxy_conntrack_reconciler_sync_duration_seconds_bucket{ip_family="IPv4",le="0.256"}'] == 1
+    assert found['kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv4"}'] == 3
+
+
 def test_met_6_to_9_changes_follow_the_totals_of_the_state(metrics):
     for total, pending in ((3, 2), (3, 0), (10, 1)):
         metrics.service_changes(total, pending)
@@ -128,3 +136,14 @@ def test_syn_2_and_9_the_observer_tells_health_and_metrics(metrics):
     assert not health.healthy(V4)
     observer.succeeded(V4, 0.1, Applied())
     assert health.healthy(V4)
+
+
+def test_repairs_of_drift_are_counted_and_what_is_left_is_shown():
+    metrics = Metrics("nftables", "1.0")
+    for differences, repaired in ((3, True), (0, True), (1, True)):
+        metrics.drifted(Family.IPV4, differences, repaired=repaired)
+    metrics.drifted(Family.IPV6, 2, repaired=False)
+    text = metrics.exposition().decode()
+    assert 'sluice_drift_repairs_total{ip_family="IPv4"} 2.0' in text
+    assert 'sluice_drift_repairs_total{ip_family="IPv6"} 0.0' in text
+    assert 'sluice_drift{ip_family="IPv6"} 2.0' in text

@@ -1,0 +1,57 @@
+"""Which families an agent serves, where the kernel lacks something for one of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy import agent, modes
+from proxy.config.settings import Settings
+from rules.dataplane import UnavailableError
+from rules.forwarding import Family
+from tests.fakes.memory_dataplane import FlakyMemory
+
+
+class Kernel:
+    """Opens dataplanes, of which those of some families lack something."""
+
+    def __init__(self, *lacking: Family) -> None:
+        self.lacking = lacking
+        self.open: list[Family] = []
+
+    def open_dataplane(self, name: str, family: Family) -> FlakyMemory:
+        kernel = self
+
+        class Opened(FlakyMemory):
+            def check(self) -> None:
+                if self.family in kernel.lacking:
+                    raise UnavailableError("this kernel lacks the expression fib (CONFIG_NFT_FIB_IPV6)")
+
+            def close(self) -> None:
+                kernel.open.remove(self.family)
+
+        self.open.append(family)
+        return Opened(family)
+
+
+def opened(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[Family]:
+    monkeypatch.setattr(modes, "open_dataplane", kernel.open_dataplane)
+    monkeypatch.setattr(modes, "supported_families", lambda: tuple(Family))
+    return [each.family for each in agent._open_dataplanes(Settings(mode="nftables"))]
+
+
+def test_a_family_that_the_kernel_cannot_serve_is_left_out_with_a_line_that_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = Kernel(Family.IPV6)
+    assert opened(kernel, monkeypatch) == [Family.IPV4]
+    assert kernel.open == [Family.IPV4], "what is not used stays open"
+    shown = capsys.readouterr()
+    [line] = [each for each in (shown.out + shown.err).splitlines() if "family not served" in each]
+    assert "CONFIG_NFT_FIB_IPV6" in line
+
+
+def test_a_kernel_that_can_serve_none_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(*Family)
+    with pytest.raises(UnavailableError, match="lacks the expression fib"):
+        opened(kernel, monkeypatch)
+    assert not kernel.open
