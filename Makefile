@@ -38,10 +38,11 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-dev.lock
 	@touch $@
 
-# Programs that the tests compare with: nft (listing and loading our rules), openssl (certificates of the stand-in API server).
+# Programs that the tests run: nft (listing and loading our rules), iptables of both kinds (mode iptables writes with them),
+# openssl (certificates of the stand-in API server).
 $(VENV)/.installed-programs: | $(VENV)/bin/python
 	@missing=; command -v nft >/dev/null || missing="$$missing nftables"; command -v openssl >/dev/null || missing="$$missing openssl"; \
-	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; command -v iptables-nft >/dev/null || missing="$$missing iptables"; \
 	if [ -n "$$missing" ]; then echo "==> from apt:$$missing"; $(APT) update; $(APT) install -y --no-install-recommends $$missing >/dev/null; fi
 	@touch $@
 

@@ -8,6 +8,21 @@ from tests.netns.agent import Agent
 from tests.netns.runner import run
 from tests.scenarios.schema import Scenario, files, in_order, load
 
+SMOKE = frozenset(
+    {
+        "affinity",
+        "cluster-ip",
+        "external-policy-local",
+        "hairpin",
+        "mode-unset-loopback-listed",
+        "no-endpoints",
+        "protocols",
+        "service-cidrs",
+        "source-ranges-kinds",
+    }
+)
+"""What `make test-vm` runs: together they use every chain, set and map of the layout."""
+
 
 def load_each() -> list[tuple[str, Scenario | ValueError]]:
     """Every file's scenario by name, or what is wrong with the file: one bad file is one failure."""
@@ -21,7 +36,13 @@ def load_each() -> list[tuple[str, Scenario | ValueError]]:
     return wrong + [(scenario.name, scenario) for scenario in in_order(found)]
 
 
-@pytest.mark.parametrize("scenario", [pytest.param(scenario, id=name) for name, scenario in load_each()])
+def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.vm,) if name in SMOKE else ()
+
+
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(scenario, id=name, marks=_marks(name)) for name, scenario in load_each()]
+)
 def test_scenario(scenario: Scenario | ValueError, agent: Agent) -> None:
     if isinstance(scenario, ValueError):
         raise scenario
