@@ -301,17 +301,28 @@ class Machine(RuleBasedStateMachine):
         if self.policy == "report":
             # What others did stays, until it is in the way; from here on it is as after a restart.
             self._run(self._restart(self.rig.kernel.held))
-        self._run(self.rig.settled())
-        refused = {route.label for route in self.rig.desired.table(Family.IPV4).routes.values()}
-        refused &= self.rig.kernel.refused
-        self._run(until(lambda: self.rig.troubled() == {f"Service {label}" for label in refused}))
+        self._run(until(self._holds_the_others))
+        wanted = {f"Service {route.label}" for route in self.rig.desired.table(Family.IPV4).routes.values()}
+        refused = {f"Service {label}" for label in self.rig.kernel.refused}
+        self._run(until(lambda: self.rig.troubled() <= wanted & refused))
+
+    def _holds_the_others(self) -> bool:
+        """Of those that are refused now, the kernel may hold what it took before."""
+        kernel, wanted = self.rig.kernel, self.rig.wanted()
+        if kernel.held is None or self.rig.sync.statistics().pending:
+            return False
+        routes = {key: route for key, route in kernel.held.routes.items() if route.label not in kernel.refused}
+        return msgspec.structs.replace(kernel.held, routes=routes) == wanted
 
     def teardown(self) -> None:
         try:
             if self.rig.task is not None:
+                self.rig.kernel.refused = set()
                 self.calm_down()
-                self._run(self.rig.stop())
+                self._run(self.rig.settled())
         finally:
+            if self.rig.task is not None:
+                self._run(self.rig.stop())
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
             self.loop.close()
 
