@@ -90,8 +90,10 @@ class World:
         Call it from a thread that lives on: the kernel takes the end of the calling thread for the parent's.
         ^C at the terminal does not reach it, as the world ends its processes itself.
         """
-        line = [sys.executable, "-I", "-S", enter.__file__, str(self.namespaces[host].path), *command]
-        process = subprocess.Popen(line, stdout=stdout, start_new_session=True, **options)  # noqa: S603  # the caller's own
+        entry = [sys.executable, "-I", "-S", enter.__file__, str(os.getpid()), str(self.namespaces[host].path)]
+        process = subprocess.Popen(  # noqa: S603  # the caller's own command
+            [*entry, *command], stdout=stdout, start_new_session=True, **options
+        )
         self._processes.append(process)
         return process
 

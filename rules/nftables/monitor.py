@@ -8,6 +8,7 @@ and with it the process that made it.  Datagrams that are lost (ENOBUFS) may hav
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import socket
@@ -22,6 +23,8 @@ from rules.netlink.transaction import SUBSYSTEM_NFTABLES, attributes_of, family_
 _NETLINK_NETFILTER = 12
 _GROUP_NFTABLES = 7
 _SO_ATTACH_FILTER = 26
+_SO_RCVBUFFORCE = 33
+_ROOM = 32 << 20
 _INSTRUCTION = struct.Struct("=HBBI")
 _PORT_OFFSET = 12
 """Where a netlink header has the port id of the socket that caused the message."""
@@ -56,6 +59,10 @@ class Monitor:
         )
         try:
             _attach(self._socket, _foreign_only(list(own_ports)))
+            # What is lost has no author: room for somebody's flush of a large table.  Without the right to so much
+            # the usual room has to do.
+            with contextlib.suppress(PermissionError):
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
             self._socket.bind((0, 1 << _GROUP_NFTABLES - 1))
         except OSError:
             self._socket.close()
