@@ -26,6 +26,7 @@ This module is the client; `proxy.serving.agent_server` is the other end.  It lo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterator
@@ -136,7 +137,9 @@ def request(verb: str, *, run_directory: str = RUN_DIRECTORY, timeout: float = T
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout)
             connection.connect(str(path))
-            connection.sendall(message)
+            # An agent that has no time for us has answered that, and left.
+            with contextlib.suppress(BrokenPipeError):
+                connection.sendall(message)
             return _collect(_lines(connection))
     except TimeoutError:
         raise AgentError(f"the agent at {path} does not answer") from None
