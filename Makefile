@@ -43,6 +43,7 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 $(VENV)/.installed-programs: | $(VENV)/bin/python
 	@missing=; command -v nft >/dev/null || missing="$$missing nftables"; command -v openssl >/dev/null || missing="$$missing openssl"; \
 	command -v ip >/dev/null || missing="$$missing iproute2"; command -v iptables-nft >/dev/null || missing="$$missing iptables"; \
+	command -v sysctl >/dev/null && command -v ps >/dev/null || missing="$$missing procps"; \
 	if [ -n "$$missing" ]; then echo "==> from apt:$$missing"; $(APT) update; $(APT) install -y --no-install-recommends $$missing >/dev/null; fi
 	@touch $@
 
