@@ -22,6 +22,11 @@ def lenient_address(text: str) -> Address:
     Raises:
         ValueError: `text` is no address; blanks around one are not forgiven either.
     """
+    if ":" not in text:
+        try:
+            return socket.inet_pton(socket.AF_INET, text)  # nearly all are so
+        except (OSError, ValueError):
+            return _packed(text)
     packed = _packed(text)
     return packed[12:] if len(packed) == 16 and packed.startswith(_MAPPED) else packed
 

@@ -15,117 +15,76 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import metadata
 
-from proxy import memory, modes
+from proxy import events, logs, memory, modes, privileged, takeover
 from proxy.config.settings import Settings
+from proxy.config.watching import Following
 from proxy.desired import Desired
 from proxy.interfaces import watch_addresses
-from proxy.lock import HeldError, Lock
+from proxy.lock import HeldError
 from proxy.logs import get_logger
 from proxy.node import Interfaces, eligible, normal_node_name
 from proxy.objects import Key
+from proxy.opening import FatalError, open_dataplanes, open_source, take_lock
 from proxy.reconciler import Reconciler
+from proxy.report import Unserved
 from proxy.runner import Periods
+from proxy.sd_notify import Supervisor
 from proxy.serving.agent_server import AgentServer
 from proxy.serving.answers import Answers
 from proxy.serving.health import ProxyHealth
 from proxy.serving.healthcheck import HealthCheckServers
+from proxy.serving.http import Server
 from proxy.serving.metrics import Metrics
 from proxy.serving.observer import Observer
 from proxy.serving.servers import BindError, serve
 from proxy.sources.base import Resource, Source
+from proxy.sources.credentials_reading import Reading
 from proxy.state import State
 from proxy.sync import FamilySync
-from proxy.sysctls import ROUTE_LOCALNET, ensure
-from rules.dataplane import Applied, Dataplane, DataplaneError, UnavailableError
+from rules.dataplane import Applied, Dataplane, DataplaneError, limits
 from rules.forwarding import Family
 
 _log = get_logger("sluice.agent")
 
 NODE_PATIENCE = 30.0
 """Seconds to wait for the own Node and its addresses before going on without (NOD-3)."""
+TURN = 0.0005
+"""Seconds for which a thread that writes to the kernel may keep the event loop from going on: a health answer takes
+some ten turns."""
 POD_CIDR_PATIENCE = 300.0
 """Seconds to wait for the Node's podCIDRs in detect-local mode NodeCIDR before giving up (NOD-5)."""
-TAKEOVER_POLL = 0.2
+OTHERS_PATIENCE = 5.0
+"""Seconds for which looking for what other modes have left gives way to the first sync of the other family."""
+EVENT_PATIENCE = 2.0
+"""Seconds for an event to be written before the agent ends."""
 
 
-class FatalError(Exception):
-    """The agent cannot go on; the message is its last line."""
+def main(settings: Settings, reading: Reading | None = None, following: Following | None = None) -> int:
+    """Run the agent until it is told to end; the exit code of the process.
 
-
-def main(settings: Settings) -> int:
-    """Run the agent until it is told to end; the exit code of the process."""
+    `reading` is a child that reads the API server's credentials already, `following` follows the configuration file.
+    """
     try:
         node_name = normal_node_name(settings.hostname_override, socket.gethostname())
-        lock = _take_lock(settings)
+        lock = take_lock(settings)
         try:
-            dataplanes = _open_dataplanes(settings)
-            asyncio.run(_Agent(settings, node_name, dataplanes).run())
+            dataplanes, unserved = open_dataplanes(settings)
+            asyncio.run(_Agent(settings, node_name, dataplanes, unserved).run(reading, following))
         finally:
             lock.release()
     except (FatalError, HeldError, DataplaneError, ValueError) as error:
         _log.error(str(error))
         return 1
+    finally:
+        if reading is not None:
+            reading.end()
     return 0
-
-
-def _take_lock(settings: Settings) -> Lock:
-    told = False
-    while True:
-        try:
-            return Lock()
-        except HeldError as error:
-            if not settings.takeover:
-                raise HeldError(f"{error}; stop it first, or use --takeover to wait for its end") from None
-            if not told:
-                _log.info("waiting", reason=str(error))
-                told = True
-            time.sleep(TAKEOVER_POLL)
-
-
-def _open_dataplanes(settings: Settings) -> list[Dataplane]:
-    """The dataplane of each family that this node can carry.
-
-    Raises:
-        UnavailableError: there is none.
-    """
-    name = modes.choose(settings.mode)
-    opened: list[Dataplane] = []
-    supported = modes.supported_families()
-    for family in Family:
-        if family not in supported:
-            _log.warning("family not served", family=family.label, reason="it is switched off on this node")
-            continue
-        try:
-            dataplane = modes.open_dataplane(name, family)
-            with contextlib.ExitStack() as undo:
-                undo.callback(dataplane.close)
-                dataplane.check()
-                undo.pop_all()
-            opened.append(dataplane)
-        except UnavailableError as error:
-            if not opened:
-                raise
-            _log.warning("family not served", family=family.label, reason=str(error))
-    return opened
-
-
-async def _open_source(settings: Settings, node_name: str) -> Source:
-    if settings.manifests:
-        from proxy.sources.manifests import ManifestSource  # noqa: PLC0415  # one source of the two is loaded
-
-        return ManifestSource(settings.manifests, node_name)
-    from proxy.sources.apiserver import ApiServer  # noqa: PLC0415  # likewise
-    from proxy.sources.credentials import CredentialsError  # noqa: PLC0415  # likewise
-
-    try:
-        return await ApiServer.open(settings.kubeconfig, settings.master, node_name)
-    except CredentialsError as error:
-        raise FatalError(str(error)) from None
 
 
 class _Told(Observer):
@@ -143,16 +102,29 @@ class _Told(Observer):
 class _Agent:
     """One run of the agent."""
 
-    def __init__(self, settings: Settings, node_name: str, dataplanes: Iterable[Dataplane]) -> None:
+    def __init__(
+        self, settings: Settings, node_name: str, dataplanes: Iterable[Dataplane], unserved: Iterable[Unserved]
+    ) -> None:
         self._settings = settings
+        self._unserved = tuple(unserved)
         self._node_name = node_name
         self._dataplanes = tuple(dataplanes)
         families = [dataplane.family for dataplane in self._dataplanes]
         self._state = State(node_name, started=time.time())
         self._desired = Desired(settings, node_name, self._state, families)
         self._mode = self._dataplanes[0].name
+        self._server = Server()
         self._health = ProxyHealth(settings.health_timeout)
         self._metrics = Metrics(self._mode, metadata.version("sluice-proxy"))
+        self._metrics.follow(self._state.statistics)
+        self._metrics.follow_server(self._server)
+        if self._mode == "userspace":
+            from proxy.userspace.dataplane import UserspaceDataplane  # noqa: PLC0415  # one dataplane of several is loaded
+            from proxy.userspace.metrics import WorkersCollector  # noqa: PLC0415  # likewise
+
+            counted = [each for each in self._dataplanes if isinstance(each, UserspaceDataplane)]
+            self._metrics.register(WorkersCollector(counted))
+        self._events = events.Recorder(node_name, told=self._metrics.event)
         periods = Periods(minimum=settings.min_sync_period, retry=settings.sync_period)
         told = _Told(self._health, self._metrics, self._on_success)
         self._syncs = [
@@ -161,7 +133,11 @@ class _Agent:
         ]
         self._checks = {
             family: HealthCheckServers(
-                family, partial(self._health.healthy, family), report=partial(self._tell, family)
+                family,
+                partial(self._health.healthy, family),
+                report=partial(self._tell, family),
+                failed=self._health_check_failed,
+                server=self._server,
             )
             for family in families
         }
@@ -169,22 +145,27 @@ class _Agent:
             family: Reconciler(family, partial(self._desired.serving, family), self._metrics.reconciled)
             for family in families
         }
+        self._supervisor = Supervisor(os.environ)
+        self._answers: Answers | None = None
         self._effects = {family: asyncio.Event() for family in families}
         self._interfaces_known = asyncio.Event()
         self._changed = asyncio.Event()
-        self._pod_cidrs: tuple[str, ...] | None = None
+        self._pod_cidrs: tuple[str, ...] = ()
         self._unsettled = set(families)
         """Families whose first sync is still to come."""
+        self._settled = asyncio.Event()
 
-    async def run(self) -> None:
-        """Run until SIGTERM or SIGINT.
+    async def run(self, reading: Reading | None, following: Following | None) -> None:
+        """Run until SIGTERM or SIGINT; the arguments are those of `main`.
 
         Raises:
             FatalError: the agent cannot go on, or a server cannot listen and the configuration wants it to end then.
         """
+        sys.setswitchinterval(TURN)
         memory.expect_much()
         asyncio.get_running_loop().call_later(memory.LONGEST, memory.give_up)
-        source = await _open_source(self._settings, self._node_name)
+        self._set_up(self._settings)
+        source = await open_source(self._settings, self._node_name, self._metrics, reading)
         _log.info(
             "starting",
             version=metadata.version("sluice-proxy"),
@@ -195,6 +176,8 @@ class _Agent:
             source=source.description,
             pid=os.getpid(),
         )
+        for limit in limits(self._dataplanes[0].capabilities):
+            _log.warning("what this mode cannot do", mode=self._mode, limit=limit)
         self._state.on_change = self._on_change
         self._state.on_trouble = _tell_trouble
         stop = asyncio.Event()
@@ -212,8 +195,13 @@ class _Agent:
                     *(group.create_task(each.run(), name="conntrack") for each in self._reconcilers.values()),
                     group.create_task(self._watch_strangers(), name="strangers"),
                     group.create_task(self._answer(source), name="agent socket"),
+                    group.create_task(self._supervisor.run(), name="supervisor"),
+                    *self._event_tasks(group, source),
                 ]
+                if following is not None:
+                    tasks.append(group.create_task(self._follow(following), name="configuration"))
                 await stop.wait()
+                self._supervisor.stopping()
                 _log.info("ending", rules="stay as they are")
                 for task in tasks:
                     task.cancel()
@@ -224,9 +212,17 @@ class _Agent:
             raise FatalError("; ".join(str(each) for each in _leaves(fatal))) from None
         finally:
             for checks in self._checks.values():
-                await checks.close()
+                checks.close()
             for dataplane in self._dataplanes:
                 dataplane.close()
+
+    def _event_tasks(self, group: asyncio.TaskGroup, source: Source) -> Iterator[asyncio.Task[None]]:
+        """What writes events, where there is an API server to write them to."""
+        if isinstance(source, events.Writer):
+            self._events.record(events.starting(self._node_name))
+            if self._mode == "ipvs":
+                self._events.record(events.ipvs_deprecated(self._node_name))
+            yield group.create_task(self._events.run(source), name="events")
 
     # --- what comes in ---------------------------------------------------------------------------------------
 
@@ -243,15 +239,58 @@ class _Agent:
         for sync in self._syncs:
             sync.request()
 
+    async def _follow(self, following: Following) -> None:
+        """Take on what changes in the configuration file, or end because of it (CFG-54)."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload, following)
+        async with contextlib.aclosing(following.changes()) as changes:
+            async for news in changes:
+                for problem in news.problems:
+                    _log.error("the configuration stays as it was", reason=problem)
+                if news.change.restart:
+                    fields = ", ".join(news.change.restart)
+                    raise FatalError(f"the configuration file was updated: ending, to start anew with its {fields}")
+                if news.problems:
+                    self._supervisor.reloaded()
+                    continue
+                for warning in news.loaded.warnings:
+                    _log.warning(warning)
+                _log.info("configuration", changed=", ".join(news.change.live) or "nothing")
+                self._configure(news.loaded.settings)
+                self._supervisor.reloaded()
+
+    def _reload(self, following: Following) -> None:
+        self._supervisor.reloading()
+        following.look()
+
+    def _set_up(self, settings: Settings) -> None:
+        for complaint in privileged.set_up(settings):
+            _log.warning("the node is not set up as configured", reason=complaint)
+
+    def _configure(self, settings: Settings) -> None:
+        """Go by another configuration, as far as `proxy.config.schema` calls its fields live."""
+        before, self._settings = self._settings, settings
+        logs.configure(settings.log_format, settings.verbosity)
+        if privileged.concerns(before) != privileged.concerns(settings):
+            self._set_up(settings)
+        self._health.set_timeout(settings.health_timeout)
+        self._desired.set_settings(settings)
+        if self._answers is not None:
+            self._answers.configured(settings)
+        for sync in self._syncs:
+            sync.configure(Periods(minimum=settings.min_sync_period, retry=settings.sync_period), settings.drift_policy)
+            if settings.drift_policy != before.drift_policy:
+                sync.doubt()
+            sync.request()
+
     def _tell(self, family: Family, service: Key, reason: str | None) -> None:
         self._state.trouble(f"health check {family.label}", f"Service {service}", reason)
 
     def _check_pod_cidrs(self) -> None:
         """End the process when the Node's podCIDRs change under detect-local mode NodeCIDR (NOD-6)."""
         node = self._state.node
-        if self._settings.detect_local_mode != "NodeCIDR" or node is None or not node.spec.pod_cidrs:
+        if self._settings.detect_local_mode != "NodeCIDR" or node is None:
             return
-        if self._pod_cidrs is None:
+        if not self._pod_cidrs:
             self._pod_cidrs = node.spec.pod_cidrs
         elif self._pod_cidrs != node.spec.pod_cidrs:
             _log.error("the Node's podCIDRs changed: ending, to start anew", was=self._pod_cidrs)
@@ -282,21 +321,11 @@ class _Agent:
 
     async def _sync(self) -> None:
         await self._interfaces_known.wait()
-        self._allow_loopback_node_ports()
         await self._wait_for_node()
         async with asyncio.TaskGroup() as group:
             for sync in self._syncs:
                 sync.request()
                 group.create_task(sync.run(), name=f"sync {sync.family.label}")
-
-    def _allow_loopback_node_ports(self) -> None:
-        settings = self._settings
-        if settings.behaviour == "nftables" or not settings.localhost_node_ports:
-            return
-        if any(sync.family is Family.IPV4 for sync in self._syncs):
-            trouble = ensure(ROUTE_LOCALNET, 1)
-            if trouble:
-                _log.warning("node ports on loopback will not answer", reason=trouble)
 
     async def _wait_for_node(self) -> None:
         """Wait until what is said about the node rests on its Node object (NOD-2 to NOD-5)."""
@@ -325,11 +354,27 @@ class _Agent:
         return True
 
     async def _serve(self) -> None:
-        await serve(self._settings, self._health, self._metrics, proxy_mode=self._settings.behaviour)
+        await serve(
+            self._settings,
+            self._health,
+            self._metrics,
+            proxy_mode=self._settings.behaviour,
+            version=metadata.version("sluice-proxy"),
+            server=self._server,
+            configz=lambda: self._settings.configz,
+            failed=self._server_failed,
+        )
+
+    async def _server_failed(self, server: str, reason: str) -> None:
+        self._events.record(events.server_not_started(self._node_name, server, reason))
+        await self._events.settled(EVENT_PATIENCE)
+
+    def _health_check_failed(self, service: Key, port: int, why: str) -> None:
+        self._events.record(events.health_check_not_started(self._node_name, service, port, why))
 
     async def _answer(self, source: Source) -> None:
         """Serve the agent's socket (DESIGN 4.12)."""
-        answers = Answers(
+        self._answers = Answers(
             settings=self._settings,
             node_name=self._node_name,
             source=source,
@@ -337,14 +382,17 @@ class _Agent:
             desired=self._desired,
             syncs=self._syncs,
             health=self._health,
+            unserved=self._unserved,
         )
-        await AgentServer(self._settings.run_directory, answers.answer).run()
+        await AgentServer(self._settings.run_directory, self._answers.answer).run()
 
     def _on_success(self, family: Family, applied: Applied) -> None:
         if self._unsettled:
             self._unsettled.discard(family)
             if not self._unsettled:
                 memory.settle()
+                self._supervisor.ready()
+                self._settled.set()
         now = time.time()
         for trigger in self._desired.take_triggers(family):
             self._metrics.programming_latency(family, now - trigger.time)
@@ -353,29 +401,48 @@ class _Agent:
 
     async def _remove_other_modes(self, family: Family) -> None:
         """Take away what an agent in another mode has left: our own rules are in place, so nobody notices."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OTHERS_PATIENCE):
+                await self._settled.wait()
         [dataplane] = (each for each in self._dataplanes if each.family is family)
         try:
             for name in await asyncio.to_thread(modes.remove_others, dataplane):
                 _log.info("removed what another mode had left", mode=name, family=family.label)
         except DataplaneError as error:
+            self._metrics.cleanup_failed(family)
             _log.warning("what another mode has left stays", family=family.label, reason=str(error))
+        if self._settings.remove_kube_proxy_rules:
+            await self._remove_kube_proxy(family)
+
+    async def _remove_kube_proxy(self, family: Family) -> None:
+        """Take away what kube-proxy has left, unless it runs (docs/takeover.md)."""
+        try:
+            for line in await asyncio.to_thread(takeover.take_over, family):
+                _log.info(line)
+        except takeover.RunningError as error:
+            _log.warning("rules of kube-proxy stay", family=family.label, reason=str(error))
+        except DataplaneError as error:
+            self._metrics.cleanup_failed(family)
+            _log.warning("rules of kube-proxy stay", family=family.label, reason=str(error))
 
     async def _apply_effects(self, family: Family) -> None:
         """After each sync: health-check node ports, and what metrics say of the tables (IPT-27)."""
         checks = self._checks[family]
         await self._effects[family].wait()
-        await self._remove_other_modes(family)
+        async with asyncio.TaskGroup() as group:
+            # Beside the rest: what userspace mode has left may take the time of its drain.
+            group.create_task(self._remove_other_modes(family), name=f"other modes {family.label}")
+            await self._keep_up_effects(family, checks)
+
+    async def _keep_up_effects(self, family: Family, checks: HealthCheckServers) -> None:
         while True:
             await self._effects[family].wait()
             self._effects[family].clear()
-            counts, no_local = self._state.statistics(), self._desired.no_local(family)
-            self._metrics.service_changes(counts.service_changes_total, counts.service_changes_pending)
-            self._metrics.endpoint_changes(counts.endpoint_changes_total, counts.endpoint_changes_pending)
-            self._metrics.troubles(counts.troubles)
+            no_local = self._desired.no_local(family)
             self._metrics.no_local(family, no_local.internal, no_local.external)
             self._metrics.routes(family, self._desired.size(family))
-            await checks.set_addresses(self._desired.facts(family).node_port_addresses)
-            await checks.sync(self._desired.health_checks(family))
+            checks.set_addresses(self._desired.facts(family).node_port_addresses)
+            checks.sync(self._desired.health_checks(family))
 
 
 def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:

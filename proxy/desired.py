@@ -54,6 +54,11 @@ class Desired:
         self._view: View | None = None
         self._refreshing = asyncio.Lock()
 
+    def set_settings(self, settings: Settings) -> None:
+        """The configuration is another one; the mode, the detector's mode and the source of objects are the same."""
+        self._settings = settings
+        self._interfaces_changed = True
+
     def set_interfaces(self, interfaces: Interfaces) -> None:
         """The addresses of the node's interfaces are others."""
         self._interfaces = interfaces

@@ -22,8 +22,8 @@ def expect_much() -> None:
 
 def settle() -> None:
     """What there is stays, and what comes from now on may become garbage.  It takes some 30 ms."""
+    gc.freeze()  # before anything is collected: it would look at all that there is
     gc.enable()
-    gc.freeze()
     trim()
 
 

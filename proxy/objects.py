@@ -10,6 +10,8 @@ Equality of two objects means equality of what matters, not of `resourceVersion`
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import sys
 from collections.abc import Mapping
@@ -155,6 +157,8 @@ HEADLESS_LABEL = "service.kubernetes.io/headless"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 STALE_TCP_ANNOTATION = "sluice.internal/stale-tcp-flows"
+SCHEDULER_ANNOTATION = "sluice.internal/scheduler"
+PROXY_PROTOCOL_ANNOTATION = "sluice.internal/proxy-protocol"
 """On a Service: `delete-unanswered` has connections that nobody has answered forget an endpoint that is gone."""
 
 
@@ -321,25 +325,68 @@ def _explain(error: Exception) -> str:
     return f"{path}: {what}" if path else what
 
 
-def _slimmed(value: T) -> T:
-    """The same object with less memory: texts that thousands of objects repeat are one text each.
+_LABELS = frozenset({SERVICE_NAME_LABEL, PROXY_NAME_LABEL, HEADLESS_LABEL})
+"""The labels of Services and slices that anything here depends on; controllers and people write many more."""
+_OWN_ANNOTATIONS = "sluice.internal/"
+_NOTHING: dict[str, str] = {}
+_CONDITIONS = {
+    states: Conditions(*states)
+    for states in itertools.product((None, False, True), repeat=len(Conditions.__struct_fields__))
+}
 
-    The structs are still ours alone here, so that setting their fields, equal to what they were, is no change.
+
+def _slimmed(value: T) -> T:
+    """The same object with less memory: what nobody reads is gone, and what thousands of objects repeat is there once.
+
+    A change of nothing but that is then no change (SVC-14, EPS-4).  The structs are still ours alone here, so that
+    setting their fields is no change of anybody's.
     """
     metadata = value.metadata
     _set(metadata, "namespace", sys.intern(metadata.namespace))
-    # A second copy of the whole object, which nobody here reads.
-    metadata.annotations.pop(_LAST_APPLIED, None)
     if isinstance(value, Service):
+        _slim_metadata(metadata)
         spec = value.spec
-        _set(spec, "type", sys.intern(spec.type))
-        _set(spec, "session_affinity", sys.intern(spec.session_affinity))
-        _set(spec, "internal_traffic_policy", sys.intern(spec.internal_traffic_policy))
+        for field in ("type", "session_affinity", "internal_traffic_policy", "external_traffic_policy"):
+            _set(spec, field, sys.intern(getattr(spec, field)))
+        _set(spec, "ip_families", _interned(spec.ip_families))
+        if spec.cluster_ips[:1] == (spec.cluster_ip,):
+            _set(spec, "cluster_ips", (spec.cluster_ip, *spec.cluster_ips[1:]))
         for port in spec.ports:
             _set(port, "name", sys.intern(port.name))
             _set(port, "protocol", sys.intern(port.protocol))
     elif isinstance(value, EndpointSlice):
+        _slim_metadata(metadata)
+        _set(metadata, "creation_timestamp", "")
+        _set(value, "address_type", sys.intern(value.address_type))
+        for each in value.ports:
+            _set(each, "name", each.name and sys.intern(each.name))
+            _set(each, "protocol", sys.intern(each.protocol))
         for endpoint in value.endpoints:
+            conditions = endpoint.conditions
+            _set(
+                endpoint,
+                "conditions",
+                _CONDITIONS[conditions.ready, conditions.serving, conditions.terminating],
+            )
             _set(endpoint, "node_name", sys.intern(endpoint.node_name))
             _set(endpoint, "zone", sys.intern(endpoint.zone))
+    else:
+        # A second copy of the whole object.
+        metadata.annotations.pop(_LAST_APPLIED, None)
     return value
+
+
+def _slim_metadata(metadata: Metadata) -> None:
+    labels = {name: metadata.labels[name] for name in _LABELS if name in metadata.labels}
+    annotations = {
+        name: text
+        for name, text in metadata.annotations.items()
+        if name == TRIGGER_TIME_ANNOTATION or name.startswith(_OWN_ANNOTATIONS)
+    }
+    _set(metadata, "labels", labels or _NOTHING)
+    _set(metadata, "annotations", annotations or _NOTHING)
+
+
+@functools.lru_cache(64)
+def _interned(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(sys.intern, texts))

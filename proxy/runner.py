@@ -58,6 +58,10 @@ class Runner:
         self._hurry = asyncio.Event()
         self._running = False
 
+    def set_periods(self, periods: Periods) -> None:
+        """Run by other periods, from the end of the next run on."""
+        self._periods = periods
+
     @property
     def pending(self) -> bool:
         """Whether a run is asked for, or at work."""

@@ -205,7 +205,7 @@ class State:
         A list that lacks very many of the known objects is held back, until another one, at least `SECOND_LOOK`
         seconds later, lacks so many of the same ones that those alone would be suspicious.  `now` is monotonic.
         """
-        known = self._keys_of(resource)
+        known = frozenset(self._known(resource))
         vanished = known.difference(keys)
         held = self._held.pop(resource, None)
         if not suspicious(len(known), len(vanished)):
@@ -223,14 +223,23 @@ class State:
         self._held[resource] = since, both
         return False
 
+    def prepare(self, resource: Resource, objects: Iterable[Object]) -> None:
+        """These will be among the objects of the first list; nobody looks at them before that is told."""
+        if resource not in self._listed:
+            for value in objects:
+                self._put(resource, value.key, value)
+
     def replace(self, resource: Resource, objects: Iterable[Object]) -> None:
         """These are all objects of the resource."""
         changed = resource not in self._listed
+        known = self._known(resource)
         listed = {}
         for value in objects:
-            listed[value.key] = value
-            changed |= self._put(resource, value.key, value)
-        for key in self._keys_of(resource).difference(listed):
+            key = value.key
+            listed[key] = value
+            if known.get(key) is not value:
+                changed |= self._put(resource, key, value)
+        for key in frozenset(known).difference(listed):
             changed |= self._put(resource, key, None)
         self._held.pop(resource, None)
         self._listed.add(resource)
@@ -260,16 +269,16 @@ class State:
 
     # --- each resource in its own way ---
 
-    def _keys_of(self, resource: Resource) -> frozenset[Key]:
+    def _known(self, resource: Resource) -> Mapping[Key, Object]:
         match resource:
             case Resource.SERVICES:
-                return frozenset(self._services)
+                return self._services
             case Resource.SLICES:
-                return frozenset(self._slices)
+                return self._slices
             case Resource.SERVICE_CIDRS:
-                return frozenset(self._service_cidrs)
+                return self._service_cidrs
             case Resource.NODES:
-                return frozenset()
+                return {}
 
     def _put(self, resource: Resource, key: Key, value: Object | None) -> bool:
         match resource:

@@ -165,6 +165,11 @@ class FamilySync:
             ),
         )
 
+    def configure(self, periods: Periods, policy: DriftPolicy) -> None:
+        """Go by other periods, and do something else about drift."""
+        self._periods, self._policy = periods, policy
+        self._runner.set_periods(periods)
+
     def request(self) -> None:
         """Something changed."""
         if self._state.synced:
@@ -264,6 +269,8 @@ class FamilySync:
         """
         if table is None:
             try:
+                if delta.node is None and delta.size <= self._dataplane.capabilities.at_once:
+                    return self._dataplane.apply(delta), None
                 return await asyncio.to_thread(self._dataplane.apply, delta), None
             except DataplaneError as error:
                 _log.warning("changes not applied: reading what is there", family=self.family.label, error=str(error))

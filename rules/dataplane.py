@@ -23,10 +23,35 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     source_ranges: bool = True
     hairpins: bool = True
     loopback_node_ports: bool = False
+    health_check_ports: bool = False
     reject_closed_ports: bool = True
     drop_unallocated: bool = True
+    source_address: bool = True
+    """Whether clients' source addresses can be kept; without, connections are relayed (`NodeFacts.relayed`)."""
+    sctp: bool = True
+    schedulers: bool = False
+    """Whether a route may ask for another scheduler than chance."""
+    proxy_protocol: bool = False
     max_backends: int = 0
     """How many backends one list can have; 0: any number.  Of more, the first are used."""
+    at_once: int = 0
+    """Of deltas up to this `Delta.size`, `apply` takes a millisecond or so and waits for no other program: a caller
+    need not give it a thread of its own, which would cost as much again.  0: always give it one."""
+
+
+def limits(capabilities: Capabilities) -> tuple[str, ...]:
+    """What a dataplane with these capabilities does otherwise than Kubernetes describes it, a sentence each.
+
+    It is what an operator should know before choosing a mode; what costs nothing that packets can tell is left out.
+    """
+    told = {
+        "backends see the node as the source of every connection: a client's own address is not kept, not even under "
+        "external traffic policy Local": not capabilities.source_address,
+        "SCTP is not carried": not capabilities.sctp,
+        "session affinity is not kept": not capabilities.affinity,
+        "loadBalancerSourceRanges are not obeyed": not capabilities.source_ranges,
+    }
+    return tuple(sentence for sentence, applies in told.items() if applies)
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +70,15 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
     """What was repaired or could not be done, one sentence each, for the log."""
     found: ForwardingTable | None = None
     """What the kernel held before, if it was read and held anything of ours."""
+    rules: Mapping[str, int] = {}
+    """iptables alone: how many rules of ours each of its tables holds now (MET-14); empty where nothing changed."""
+    rules_written: Mapping[str, int] = {}
+    """Likewise: how many of them were written by this sync (MET-15)."""
+    failed_restores: int = 0
+    """Likewise: restores that were refused since the sync before, and whose work this one did another way (MET-12).
+    One that made a sync fail is not among them: the failure tells of it."""
+    failed_partial_restores: int = 0
+    """Those of them that were to write changes alone (MET-13)."""
 
 
 class Stranger(NamedTuple):

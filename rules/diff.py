@@ -26,6 +26,7 @@ from rules.forwarding import (
     InputInterface,
     Kind,
     NodeFacts,
+    Protocol,
     Refusal,
     Route,
     SourcePrefix,
@@ -94,10 +95,29 @@ def fit(table: ForwardingTable, capabilities: Capabilities) -> ForwardingTable:
     node = msgspec.structs.replace(
         node,
         loopback_node_ports=node.loopback_node_ports and capabilities.loopback_node_ports,
+        health_check_ports=node.health_check_ports if capabilities.health_check_ports else frozenset(),
         reject_closed_ports=node.reject_closed_ports and capabilities.reject_closed_ports,
         service_cidrs=node.service_cidrs if capabilities.drop_unallocated else (),
     )
+    if not capabilities.source_address:
+        # Of a relayed connection nobody can tell whether it was to be masqueraded too.
+        node = msgspec.structs.replace(
+            node, mark=NodeFacts().mark, masquerade_all=False, reject_closed_ports=True, relayed=True
+        )
     routes = table.routes
+    if not capabilities.sctp:
+        routes = {frontend: route for frontend, route in routes.items() if frontend.protocol is not Protocol.SCTP}
+    if not (capabilities.schedulers and capabilities.proxy_protocol):
+        routes = {
+            frontend: msgspec.structs.replace(
+                route,
+                scheduler=route.scheduler if capabilities.schedulers else "",
+                proxy_protocol=route.proxy_protocol and capabilities.proxy_protocol,
+            )
+            if route.scheduler or route.proxy_protocol
+            else route
+            for frontend, route in routes.items()
+        }
     if not (capabilities.labels and capabilities.affinity and capabilities.source_ranges):
         routes = {
             frontend: msgspec.structs.replace(
@@ -238,6 +258,8 @@ def route_words(route: Route) -> dict[str, str]:
         "without backend": _REFUSALS[route.refusal],
         "affinity": f"{route.affinity}s" if route.affinity else NONE,
         "admits": "everybody" if not route.source_ranges else "source ranges",
+        "scheduler": route.scheduler or NONE,
+        "PROXY protocol": "sent" if route.proxy_protocol else NONE,
     }
     if route.kind is Kind.CLUSTER_IP:
         del words["policy"]
@@ -257,7 +279,9 @@ def node_words(node: NodeFacts) -> dict[str, str]:
         "node ports on": ports,
         "node ports on 127.0.0.0/8": "answered" if node.loopback_node_ports else "not answered",
         "closed ports of a ClusterIP": "rejected" if node.reject_closed_ports else "left alone",
+        "health-check ports let in": ", ".join(map(str, sorted(node.health_check_ports))) or NONE,
         "service CIDRs": ", ".join(map(str, node.service_cidrs)) or NONE,
+        "connections": "relayed" if node.relayed else "translated",
     }
 
 
@@ -322,6 +346,7 @@ def _telling(route: Route | None, other: Route | None) -> dict[str, str]:
     if other is not None:
         return words
     usual = {"without backend": NONE, "affinity": NONE, "admits": "everybody", "policy": "Cluster"}
+    usual |= {"scheduler": NONE, "PROXY protocol": NONE}
     return {what: word for what, word in words.items() if what not in ("service", "kind") and usual.get(what) != word}
 
 

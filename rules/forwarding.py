@@ -11,7 +11,7 @@ holds what packets meet, not the words of a specification, so that two specifica
 give equal tables.  In particular
 
 * a route has a `refusal` exactly when some client of it is refused; without backends, all its clients are refused
-  alike, and it has neither affinity nor a policy;
+  alike, and it has neither affinity nor a policy nor a scheduler;
 * `source_ranges` holds no prefix that another one covers, and two halves of a prefix are that prefix
   (see `merge_prefixes`); an empty tuple admits everybody;
 * backends are a set: the order in which a kernel stores them is not part of the table;
@@ -51,13 +51,14 @@ Address = bytes
 class Family(enum.IntEnum):
     """An address family, by its IP version."""
 
+    label: str
+    """`IPv4` or `IPv6`, as Kubernetes, metrics and messages spell it."""
+
     IPV4 = 4
     IPV6 = 6
 
-    @property
-    def label(self) -> str:
-        """`IPv4` or `IPv6`, as Kubernetes, metrics and messages spell it."""
-        return f"IPv{self.value}"
+    def __init__(self, version: int) -> None:
+        self.label = f"IPv{version}"  # once, as it is asked for with every object
 
     @property
     def af(self) -> int:
@@ -94,6 +95,10 @@ class Refusal(enum.Enum):
     """ICMP port unreachable: no endpoint anywhere can serve."""
     DROP = "drop"
     """Silence: endpoints exist, but the traffic policy admits none of them here."""
+
+
+SCHEDULERS = frozenset({"round-robin", "least-connections"})
+"""Ways of choosing a backend that a route may ask for; without one, each is as likely as the others."""
 
 
 class Prefix(NamedTuple):
@@ -167,6 +172,10 @@ class Route(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Seconds for which a client keeps its backend; 0: every connection is balanced afresh (TRF-24)."""
     source_ranges: tuple[Prefix, ...] = ()
     """Sources that are admitted, sorted; others are dropped before anything else (TRF-17).  Empty: everybody."""
+    scheduler: str = ""
+    """How a backend is chosen, by a name of `SCHEDULERS`; empty: at random, which every dataplane does (TRF-3)."""
+    proxy_protocol: bool = False
+    """Whether a backend is told its client's address before anything else, by the PROXY protocol (version 2)."""
     label: str = ""
     """Whose route it is, for people: `namespace/service:port`.  Empty when a kernel kept no label."""
 
@@ -214,9 +223,16 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     reject_closed_ports: bool = True
     """Whether new connections to other ports of a ClusterIP are rejected, as in kube-proxy's nftables mode (NFT-20),
     or left alone, as in its iptables mode (TRF-13)."""
+    health_check_ports: frozenset[int] = frozenset()
+    """TCP ports of the node itself that packets reach whatever the policy of INPUT is: those where load balancers ask
+    about Services (TRF-27); none in nftables mode."""
     service_cidrs: tuple[Prefix, ...] = ()
     """Networks of ClusterIPs, merged and sorted: new connections to an address in them that no Service has are
-    dropped (NFT-20)."""
+    dropped (NFT-20), or, where connections are `relayed`, refused."""
+    relayed: bool = False
+    """Whether connections end in a proxy on this node, which makes connections of its own to the backends.  Then the
+    node is the source of all of them, whatever is said of masquerading; and ClusterIPs and service networks are
+    addresses of the node, whose closed ports refuse.  So it is in userspace mode, and only there."""
 
 
 class ForwardingTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,6 +263,12 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     hairpins_removed: frozenset[Endpoint] = frozenset()
     node: NodeFacts | None = None
     """The node's facts, if they are others than before."""
+
+    @property
+    def size(self) -> int:
+        """How much it is to apply, in frontends and backends."""
+        lists = sum(len(route.backends) + len(route.local_backends or ()) for route in self.changed.values())
+        return len(self.changed) + len(self.removed) + len(self.hairpins_added) + len(self.hairpins_removed) + lists
 
     def __bool__(self) -> bool:
         return bool(
@@ -304,6 +326,10 @@ def check_route(family: Family, frontend: Frontend, route: Route) -> str | None:
         "a traffic policy without backends": route.policy_local and not route.backends,
         "a refusal belongs to a route with an empty list, and to no other": (route.refusal is None) != all(lists),
         "affinity without backends": bool(route.affinity) and not route.backends,
+        f"there is no scheduler {route.scheduler}": bool(route.scheduler) and route.scheduler not in SCHEDULERS,
+        "a scheduler without backends": bool(route.scheduler) and not route.backends,
+        "the PROXY protocol needs TCP and backends": route.proxy_protocol
+        and not (route.backends and frontend.protocol is Protocol.TCP),
         "only load balancer addresses have source ranges": bool(route.source_ranges)
         and route.kind is not Kind.LOAD_BALANCER,
         "source ranges are not merged and sorted": route.source_ranges != merge_prefixes(route.source_ranges),

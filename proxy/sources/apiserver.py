@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Self
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -29,17 +30,18 @@ from proxy.objects import (
     decode_json,
 )
 from proxy.report import Followed
-from proxy.sources.base import Resource, Sink
-from proxy.sources.credentials import SERVICE_ACCOUNT, Credentials, Keyring, load
+from proxy.sources.base import AT_A_TIME, Resource, Sink, prepare
+from proxy.sources.credentials import Credentials, Keyring, load, read
+from proxy.sources.credentials_reading import SERVICE_ACCOUNT, Reading
 from proxy.sources.progress import Progress, Settings, Statistics, Timing
 from proxy.sources.reflector import Event, Listed, NotServed, Reflector, Target
-from proxy.sources.transport import Client
+from proxy.sources.transport import ApiError, Client, OnAnswer
 from proxy.sources.wire import head
 
 ORIGIN = "api"
 
-AT_A_TIME = 200
-"""Objects of a list that are decoded before others get a turn on the event loop."""
+CREATE_PATIENCE = 5.0
+"""Seconds for the server to take an object that is created."""
 
 KIND: Mapping[Resource, type[Object]] = MappingProxyType(
     {
@@ -96,10 +98,11 @@ class ApiServer:
         *,
         settings: Settings = Settings(),  # noqa: B008 - frozen
         service_account: str = SERVICE_ACCOUNT,
+        reading: Reading | None = None,
     ) -> Self:
         """A source with the credentials of a kubeconfig, or of the pod when both names are empty (CFG-15).
 
-        The server need not be there yet.
+        The server need not be there yet.  `reading` is a child that reads these credentials already.
 
         Raises:
             CredentialsError: there are no usable credentials; one line says why and what to do.
@@ -108,12 +111,18 @@ class ApiServer:
         async def again() -> Credentials:
             return await load(kubeconfig, master, service_account=service_account)
 
-        return cls(Keyring(await again(), again), node_name, settings=settings)
+        first = await (again() if reading is None else read(reading, kubeconfig))
+        return cls(Keyring(first, again), node_name, settings=settings)
 
     @property
     def description(self) -> str:
         """The server's URL."""
         return self._keyring.server
+
+    @property
+    def host(self) -> str:
+        """The server's host and port, for metrics."""
+        return urlsplit(self._keyring.server).netloc
 
     def statistics(self) -> Mapping[Resource, Statistics]:
         """How each resource is followed."""
@@ -136,6 +145,18 @@ class ApiServer:
         async with self._client, asyncio.TaskGroup() as group:
             for resource in self._targets:
                 group.create_task(self._follow(resource, sink), name=f"api {resource.value}")
+
+    def watch_answers(self, told: OnAnswer) -> None:
+        """Tell of each request its method, status and seconds; see `proxy.sources.transport.Client`."""
+        self._client.on_answer = told
+
+    async def create(self, path: str, body: bytes) -> str | None:
+        """Create an object, while `run` runs; why that could not be, in one line, or None (`proxy.events.Writer`)."""
+        try:
+            await self._client.post(path, body, patience=CREATE_PATIENCE)
+        except (ApiError, RuntimeError) as error:
+            return str(error)
+        return None
 
     async def _follow(self, resource: Resource, sink: Sink) -> None:
         reporter = Reporter(resource, sink, self._timing)
@@ -190,6 +211,8 @@ class Reporter:
             for value in objects.values():
                 self._sink.set(self._resource, value)
         else:
+            if not self._reported:
+                await prepare(self._sink, self._resource, objects.values())
             self._sink.replace(self._resource, objects.values())
         self._known = keys
         self._reported = True

@@ -8,6 +8,7 @@ written) it stays silent, and what was reported before holds.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
@@ -33,8 +34,15 @@ RESOURCE_OF: dict[type[Object], Resource] = {
 }
 
 
+AT_A_TIME = 200
+"""Objects that are decoded or told before others get a turn on the event loop: a few milliseconds."""
+
+
 class Sink(Protocol):
     """Who is told; `proxy.state.State` is one."""
+
+    def prepare(self, resource: Resource, objects: Iterable[Object]) -> None:
+        """These will be among the objects of the first `replace`: what is known of them by then is quickly told."""
 
     def replace(self, resource: Resource, objects: Iterable[Object]) -> None:
         """These are all objects of the resource: whatever else was known of it is gone."""
@@ -72,3 +80,11 @@ class Source(Protocol):
 
     async def run(self, sink: Sink) -> None:
         """Report to `sink` until cancelled."""
+
+
+async def prepare(sink: Sink, resource: Resource, objects: Iterable[Object]) -> None:
+    """Have a sink take the objects of a first list a few at a time; `replace` with all of them comes after it."""
+    waiting = list(objects)
+    for start in range(0, len(waiting), AT_A_TIME):
+        sink.prepare(resource, waiting[start : start + AT_A_TIME])
+        await asyncio.sleep(0)

@@ -13,9 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import ssl
-import sys
 import tempfile
 import time
 import urllib.parse
@@ -24,14 +22,10 @@ from pathlib import Path
 
 import msgspec
 
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-CHILD = Path(__file__).with_name("credentials_child.py")
+from proxy.sources.credentials_reading import SERVICE_ACCOUNT, Reading
 
 READ_TIMEOUT = 60.0
 """Seconds for the child, exec plugin included: some of them ask a distant service."""
-
-TIDY_TIMEOUT = 2.0
-"""Seconds for a child that is told to end, to remove the files that it may have written."""
 
 RENEW_PAUSE = 10.0
 """Least seconds between two runs of the child, so that a server which refuses everything costs no storm of plugins."""
@@ -137,38 +131,23 @@ async def load(
     Raises:
         CredentialsError: there are none; for example the file is missing, or its exec plugin failed.
     """
-    options = ["--kubeconfig", kubeconfig, "--master", master, "--service-account", service_account]
-    # By path and with -P, so that neither the current directory nor ours shadows a module of the child's.
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", str(CHILD), *options),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
+    return await read(
+        Reading(kubeconfig, master, service_account=service_account), kubeconfig, read_timeout=read_timeout
     )
+
+
+async def read(reading: Reading, kubeconfig: str, *, read_timeout: float = READ_TIMEOUT) -> Credentials:
+    """Credentials from a child that was started already, for the kubeconfig of that name.
+
+    Raises:
+        CredentialsError: as `load` does.
+    """
     try:
-        async with asyncio.timeout(read_timeout):
-            out, _ = await child.communicate()
+        out, status = await reading.answer(read_timeout)
     except TimeoutError:
         what = f"kubeconfig {kubeconfig}: its exec plugin" if kubeconfig else "reading the credentials"
         raise CredentialsError(f"{what} took more than {read_timeout:g} s") from None
-    finally:
-        await _end(child)
-    return accept(out, child.returncode)
-
-
-async def _end(child: asyncio.subprocess.Process) -> None:
-    """See that the child and what it started are gone: in its session an exec plugin may hang."""
-    if child.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(TIDY_TIMEOUT):
-            await child.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    await child.wait()
+    return accept(out, status)
 
 
 def accept(answer: bytes, status: int | None = 0) -> Credentials:

@@ -33,10 +33,10 @@ from asyncinotify import Inotify
 
 from proxy.objects import Key, Object
 from proxy.report import Followed
-from proxy.sources.base import Resource, Sink
+from proxy.sources.base import Resource, Sink, prepare
 from proxy.sources.manifest_files import Files, Tools, Unreadable, printable, scan
 from proxy.sources.manifest_objects import ORIGIN, FileError, Loaded, Problem, merge, parse
-from proxy.sources.watching import Watcher
+from proxy.sources.watching import Watcher, set_within
 from proxy.sources.yaml_json import Converter
 from proxy.state import SECOND_LOOK, suspicious
 
@@ -200,6 +200,9 @@ class ManifestSource:
                 if (doubt := self._doubt(sink, changes[Resource.SERVICES], now())) is not None:
                     problems.append(doubt)
                     changes = {resource: self._without_removals(resource, each) for resource, each in changes.items()}
+                if self._handed is None:
+                    for resource in _ORDER:
+                        await prepare(sink, resource, changes[resource].objects.values())
                 self._hand_on(sink, changes)
             elif again:
                 self._confirm_at = None  # there is nothing to compare with until it can be read
@@ -225,12 +228,12 @@ class ManifestSource:
         if watcher is None:
             await asyncio.sleep(pause)
             return
-        if not await _set_within(watcher.changed, pause):
+        if not await set_within(watcher.changed, pause):
             return
         end = now() + BURST
         while now() < end:
             watcher.changed.clear()
-            if not await _set_within(watcher.changed, QUIET):
+            if not await set_within(watcher.changed, QUIET):
                 return
 
     def _look(self, watcher: Watcher | None, *, again: bool) -> _Look:
@@ -328,13 +331,3 @@ def _by_resource(loaded: Loaded) -> Objects:
 def _same(files: Files, before: Files) -> bool:
     """Whether no file was read anew, has come or is gone."""
     return files.keys() == before.keys() and all(state is before[name] for name, state in files.items())
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Whether the event is set within so many seconds."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import os
 import ssl
+import time
 import urllib.parse
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Self
@@ -29,6 +30,13 @@ READ_BUFFER = 1 << 18
 
 MOST_OF_A_REFUSAL = 1 << 16
 """Bytes read of an answer that is no success."""
+
+
+OnAnswer = Callable[[str, int | None, float | None], None]
+
+
+def _ignore(_method: str, _status: int | None, _seconds: float | None) -> None:
+    """Nobody counts."""
 
 
 class ApiError(Exception):
@@ -68,6 +76,8 @@ class Client:
         self._user_agent = user_agent
         self._session: aiohttp.ClientSession | None = None
         self._tls: tuple[Credentials, ssl.SSLContext | None] | None = None
+        self.on_answer: OnAnswer = _ignore
+        """Told of each request its method, its status (None: no answer) and its seconds (None: of a watch)."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -93,6 +103,20 @@ class Client:
         chunks = self.stream(path, query, answer=patience, silence=lambda: patience)
         async with contextlib.aclosing(chunks):
             return b"".join([chunk async for chunk in chunks])
+
+    async def post(self, path: str, body: bytes, *, patience: float) -> None:
+        """Create an object from its JSON; `patience` is how many seconds that may take.
+
+        Raises:
+            RefusedError: the server says no.
+            UnreachableError: it says nothing.
+        """
+        try:
+            async with asyncio.timeout(patience):
+                response = await self._ask(path, {}, body)
+        except (*FAILURES, CredentialsError) as error:
+            raise UnreachableError(_why(error)) from None
+        response.close()
 
     async def stream(
         self,
@@ -124,16 +148,19 @@ class Client:
         finally:
             response.close()
 
-    async def _ask(self, path: str, query: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """An answer of status 200, after a second try with other credentials where the first were refused."""
+    async def _ask(self, path: str, query: Mapping[str, str], body: bytes | None = None) -> aiohttp.ClientResponse:
+        """An answer of success, after a second try with other credentials where the first were refused.
+
+        With a body it is asked to create an object.
+        """
         credentials = await self.keyring.current()
-        response = await self._send(credentials, path, query)
+        response = await self._send(credentials, path, query, body)
         if response.status == 401:
             fresh = await self.keyring.refused(credentials)
             if fresh is not credentials:
                 response.close()
-                response = await self._send(fresh, path, query)
-        if response.status == 200:
+                response = await self._send(fresh, path, query, body)
+        if response.status == (200 if body is None else 201):
             return response
         try:
             body = await response.content.read(MOST_OF_A_REFUSAL)
@@ -142,15 +169,34 @@ class Client:
         status = decode_status(body, response.status)
         raise RefusedError(status, retry_after=_seconds(response.headers.get("Retry-After", "")))
 
-    async def _send(self, credentials: Credentials, path: str, query: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def _send(
+        self, credentials: Credentials, path: str, query: Mapping[str, str], body: bytes | None
+    ) -> aiohttp.ClientResponse:
+        method = "GET" if body is None else "POST"
+        start = time.monotonic()
+        status = None
+        try:
+            response = await self._request(method, credentials, path, query, body)
+            status = response.status
+        finally:
+            self.on_answer(method, status, None if query.get("watch") else time.monotonic() - start)
+        return response
+
+    async def _request(
+        self, method: str, credentials: Credentials, path: str, query: Mapping[str, str], body: bytes | None
+    ) -> aiohttp.ClientResponse:
         if self._session is None:
             raise RuntimeError("the client is not open")
         headers = {"Authorization": credentials.authorization} if credentials.authorization else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         proxy, for_proxy = _proxy(credentials.proxy_url)
         context = self._context(credentials)
-        return await self._session.get(
+        return await self._session.request(
+            method,
             credentials.server + path,
             params=query,
+            data=body,
             # Of a request in the clear the proxy sees the headers; for TLS it gets a CONNECT with some of its own.
             headers=headers if context else {**headers, **for_proxy},
             ssl=context or True,

@@ -205,3 +205,12 @@ class Watcher:
             else:
                 self._written[path] = next(self._numbers)
         return True
+
+
+async def set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether the event is set within so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return event.is_set()

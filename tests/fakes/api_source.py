@@ -30,6 +30,9 @@ class RecordingSink:
     def plausible(self, resource: Resource, keys: Collection[Key], now: float) -> bool:
         return not (resource is Resource.SERVICES and self.doubts and self.doubts.pop(0))
 
+    def prepare(self, resource: Resource, objects: Iterable[Object]) -> None:
+        assert resource not in self.objects, "only a first list is prepared"
+
     def replace(self, resource: Resource, objects: Iterable[Object]) -> None:
         self.calls["replace", resource] += 1
         self.objects[resource] = {value.key: value for value in objects}

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -240,6 +241,25 @@ def test_a_delta_that_fails_asks_for_a_sync_which_ends_with_the_wanted_table(rig
     rig.dataplane.sync(SIX)
     assert rig.holds(SIX)
     assert rig.dataplane.sync(SIX).operations == 0
+
+
+def test_a_change_of_something_else_costs_no_second_plan(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[object] = []
+    plan = rig.dataplane._plan
+
+    def counted(*arguments: Any) -> Any:
+        plans.append(plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(rig.dataplane, "_plan", counted)
+    rig.socket.commits[:] = [Stale()]
+    rig.dataplane.sync(FIVE)
+    assert rig.holds(FIVE)
+    assert len(plans) == 1
+    rig.socket.commits[:] = [Meddle(lambda: nft("flush", "set", "ip", "sluice", "cluster-ips"))]
+    rig.dataplane.sync(SIX)
+    assert rig.holds(SIX)
+    assert len(plans) == 3, "a change of ours needs a plan of its own"
 
 
 def test_answers_that_are_always_lost_are_told_as_such(rig: Rig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy import agent, modes
+from proxy import modes, opening
 from proxy.config.settings import Settings
 from rules.dataplane import UnavailableError
 from rules.forwarding import Family
@@ -18,7 +18,7 @@ class Kernel:
         self.lacking = lacking
         self.open: list[Family] = []
 
-    def open_dataplane(self, name: str, family: Family) -> FlakyMemory:
+    def open_dataplane(self, name: str, family: Family, *_: object) -> FlakyMemory:
         kernel = self
 
         class Opened(FlakyMemory):
@@ -33,21 +33,34 @@ class Kernel:
         return Opened(family)
 
 
-def opened(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[Family]:
+def opened(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, *, supported: tuple[Family, ...] = tuple(Family)
+) -> tuple[list[Family], dict[str, str]]:
+    """The families that are served, and why the others are not."""
     monkeypatch.setattr(modes, "open_dataplane", kernel.open_dataplane)
-    monkeypatch.setattr(modes, "supported_families", lambda: tuple(Family))
-    return [each.family for each in agent._open_dataplanes(Settings(mode="nftables"))]
+    monkeypatch.setattr(modes, "supported_families", lambda: supported)
+    dataplanes, unserved = opening.open_dataplanes(Settings(mode="nftables"))
+    return [each.family for each in dataplanes], {each.family: each.reason for each in unserved}
 
 
 def test_a_family_that_the_kernel_cannot_serve_is_left_out_with_a_line_that_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernel = Kernel(Family.IPV6)
-    assert opened(kernel, monkeypatch) == [Family.IPV4]
+    served, unserved = opened(kernel, monkeypatch)
+    assert served == [Family.IPV4]
+    assert unserved == {"IPv6": "this kernel lacks the expression fib (CONFIG_NFT_FIB_IPV6)"}
     assert kernel.open == [Family.IPV4], "what is not used stays open"
     shown = capsys.readouterr()
     [line] = [each for each in (shown.out + shown.err).splitlines() if "family not served" in each]
     assert "CONFIG_NFT_FIB_IPV6" in line
+
+
+def test_a_family_that_is_switched_off_on_the_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, unserved = opened(Kernel(), monkeypatch, supported=(Family.IPV4,))
+    assert served == [Family.IPV4]
+    assert unserved.keys() == {"IPv6"}
+    assert "switched off" in unserved["IPv6"]
 
 
 def test_a_kernel_that_can_serve_none_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:

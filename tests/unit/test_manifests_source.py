@@ -35,6 +35,9 @@ class Recorder:
         self.doubts = 0
         self.believe = True
 
+    def prepare(self, resource, objects):
+        assert resource not in self.objects, "only a first list is prepared"
+
     def replace(self, resource, objects):
         self.objects[resource] = {each.key: each for each in objects}
         self.calls.append(("replace", resource, None))

@@ -166,10 +166,31 @@ def test_texts_that_many_objects_repeat_are_kept_once() -> None:
     assert first.spec.ports[0].name is second.spec.ports[0].name
 
 
-def test_the_copy_that_kubectl_leaves_in_an_annotation_is_not_kept() -> None:
-    value = {"metadata": {"annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}", "a": "b"}}}
-    assert of_both(Service, value).metadata.annotations == {"a": "b"}
-    assert len(value["metadata"]["annotations"]) == 2
+def test_of_labels_and_annotations_those_that_matter_are_kept() -> None:
+    metadata = {
+        "labels": {"app": "web", "kubernetes.io/service-name": "web", "service.kubernetes.io/service-proxy-name": "x"},
+        "annotations": {
+            "kubectl.kubernetes.io/last-applied-configuration": "{}",
+            "note": "for people",
+            "sluice.internal/scheduler": "round-robin",
+            "endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z",
+        },
+    }
+    for kind in (Service, EndpointSlice):
+        kept = of_both(kind, {"metadata": metadata}).metadata
+        assert kept.labels == {"kubernetes.io/service-name": "web", "service.kubernetes.io/service-proxy-name": "x"}
+        assert kept.annotations.keys() == metadata["annotations"].keys() - {
+            "kubectl.kubernetes.io/last-applied-configuration",
+            "note",
+        }
+    assert len(metadata["annotations"]) == 4, "what was given stays as it was"
+    assert of_both(Node, {"metadata": metadata}).metadata.labels == metadata["labels"], "zones are read from these"
+
+
+def test_SVC_14_a_change_of_nothing_that_matters_is_no_change() -> None:
+    one = decode_json(Service, b'{"metadata":{"name":"web","labels":{"app":"a"},"annotations":{"note":"1"}}}')
+    two = decode_json(Service, b'{"metadata":{"name":"web","labels":{"app":"b"},"annotations":{"note":"2"}}}')
+    assert one == two
 
 
 # Keys that objects have, so that values of every kind land in fields of every type.

@@ -330,3 +330,19 @@ def test_when_others_vanish_than_before_the_doubt_begins_anew_and_ends() -> None
     assert not state.plausible(SERVICES, every[:100], 100.0)
     assert not state.plausible(SERVICES, every[200:], 110.0)
     assert state.plausible(SERVICES, every[200:], 110.0 + SECOND_LOOK)
+
+
+def test_a_first_list_that_was_prepared_is_told_once_and_not_known_before() -> None:
+    state = State("node1")
+    told: list[bool] = []
+    state.on_change = lambda: told.append(state.listed(Resource.SERVICES))
+    web, dns = service("web"), service("dns")
+    state.prepare(Resource.SERVICES, [web])
+    assert not told
+    assert not state.listed(Resource.SERVICES)
+    state.replace(Resource.SERVICES, [web, dns])
+    assert told == [True]
+    assert state.take_changes().services == {web.key, dns.key}
+    assert state.statistics().service_changes_total == 2
+    state.prepare(Resource.SERVICES, [service("late")])
+    assert service("late").key not in state.services, "only a first list can be prepared"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -33,9 +34,11 @@ class Memory:
     def __init__(self) -> None:
         self.held: ForwardingTable | None = None
         self.calls: list[str] = []
+        self.threads: list[int] = []
         self.fails = 0
 
     def _call(self, name: str) -> None:
+        self.threads.append(threading.get_ident())
         self.calls.append(name)
         if self.fails:
             self.fails -= 1
@@ -145,6 +148,22 @@ def test_the_first_sync_is_whole_and_the_next_ones_are_deltas() -> None:
     running(scenario)
 
 
+def test_a_small_delta_is_applied_on_the_loops_own_thread_and_a_large_one_is_not() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.kernel.capabilities = Capabilities(at_once=5)
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        rig.state.set(Resource.SERVICES, service("dns", cluster_ip="10.96.0.10"))
+        await until(lambda: rig.kernel.calls == ["sync", "apply"] and rig.wanted())
+        pods = [endpoint(f"10.244.1.{number}") for number in range(1, 9)]
+        rig.state.set(Resource.SLICES, endpoint_slice(pods, name="web-1", owner="web"))
+        await until(lambda: rig.kernel.calls == ["sync", "apply", "apply"] and rig.wanted())
+        here = threading.get_ident()
+        assert [thread == here for thread in rig.kernel.threads] == [False, True, False]
+
+    running(scenario)
+
+
 def test_a_change_that_changes_no_route_writes_nothing_and_counts_as_done() -> None:
     async def scenario(rig: Rig) -> None:
         rig.list_all("web")
@@ -232,7 +251,7 @@ def test_a_Service_that_cannot_be_computed_keeps_its_rules_and_stops_no_other(mo
     compute = desired.compute
 
     def fragile(each: Service, *arguments: Any) -> Outcome:
-        if each.metadata.labels:
+        if each.spec.cluster_ip == "172.30.0.9":
             raise ZeroDivisionError("a bug")
         return compute(each, *arguments)
 
@@ -241,7 +260,7 @@ def test_a_Service_that_cannot_be_computed_keeps_its_rules_and_stops_no_other(mo
     async def scenario(rig: Rig) -> None:
         rig.list_all("web", "shop")
         await until(lambda: rig.labels() == {"ns/web", "ns/shop"})
-        rig.state.set(Resource.SERVICES, service("web", labels={"break": "it"}, cluster_ip="172.30.0.9"))
+        rig.state.set(Resource.SERVICES, service("web", cluster_ip="172.30.0.9"))
         rig.state.delete(Resource.SERVICES, Key("ns", "shop"))
         await until(lambda: rig.labels() == {"ns/web"})
         assert "a bug" in rig.state.troubles["compute", "Service ns/web"]
