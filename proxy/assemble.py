@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from proxy.compute import NOTHING, Outcome
 from proxy.conntrack import Change, Serving, change
 from proxy.objects import Key, Metadata
@@ -60,6 +62,9 @@ class Assembler:
         self._contested: dict[Frontend, set[Key]] = {}
         """All who claim a frontend that more than one does, the winner among them."""
         self._hairpins: dict[Endpoint, int] = {}
+        self._let_in: dict[int, int] = {}
+        """How many Services have their health check at a port."""
+        self._let_in_moved = False
         self._serving: dict[Frontend, Serving] = {}
         """Of the frontends' owners; see `Outcome.serving`."""
         # What the last delta led to, for what was touched since.
@@ -98,11 +103,13 @@ class Assembler:
             elif self._owners[frontend] == key and self._routes[frontend] is not route:
                 self._put(frontend, route)
         self._recount(old.hairpins, new.hairpins)
+        self._move_let_in(old.let_in, new.let_in)
         self._tend(old.serving.keys() | new.serving.keys())
 
     def set_node(self, facts: NodeFacts) -> None:
-        """What holds for every route from now on."""
+        """What holds for every route from now on, but for the ports of health checks, which Services say."""
         self._node = facts
+        self._let_in_moved = True
 
     def take_delta(self) -> Delta:
         """What makes the table of the last call into the one of now."""
@@ -117,16 +124,17 @@ class Assembler:
                 changed[frontend] = now
         added = {endpoint for endpoint, had in self._hairpins_before.items() if not had and endpoint in self._hairpins}
         gone = {endpoint for endpoint, had in self._hairpins_before.items() if had and endpoint not in self._hairpins}
+        node = self.node
         delta = Delta(
             changed=changed,
             removed=frozenset(removed),
             hairpins_added=frozenset(added),
             hairpins_removed=frozenset(gone),
-            node=self._node if self._node != self._node_before else None,
+            node=node if node != self._node_before else None,
         )
         self._routes_before = {}
         self._hairpins_before = {}
-        self._node_before = self._node
+        self._node_before = node
         return delta
 
     def take_changes(self) -> dict[Frontend, Change]:
@@ -148,12 +156,15 @@ class Assembler:
     def table(self) -> ForwardingTable:
         """The table of now; it does not change with later updates."""
         return ForwardingTable(
-            family=self._family, node=self._node, routes=dict(self._routes), hairpins=frozenset(self._hairpins)
+            family=self._family, node=self.node, routes=dict(self._routes), hairpins=frozenset(self._hairpins)
         )
 
     @property
     def node(self) -> NodeFacts:
         """What holds for every route."""
+        if self._let_in_moved:
+            self._let_in_moved = False
+            self._node = msgspec.structs.replace(self._node, health_check_ports=frozenset(self._let_in))
         return self._node
 
     @property
@@ -218,6 +229,16 @@ class Assembler:
                 del self._serving[frontend]
             else:
                 self._serving[frontend] = now
+
+    def _move_let_in(self, old: int, new: int) -> None:
+        if old == new:
+            return
+        for port, step in ((old, -1), (new, 1)):
+            if port:
+                self._let_in[port] = self._let_in.get(port, 0) + step
+                if not self._let_in[port]:
+                    del self._let_in[port]
+        self._let_in_moved = True
 
     def _recount(self, old: frozenset[Endpoint], new: frozenset[Endpoint]) -> None:
         if old != new:

@@ -47,6 +47,8 @@ class Semantics(msgspec.Struct, frozen=True, kw_only=True):
     firewall_before_refusal: bool
     """Whether source ranges come before "no endpoints at all", so that those outside them are dropped and not refused
     (NFT-11); in iptables mode the refusal stands alone."""
+    let_in_health_checks: bool
+    """Whether packets reach health-check node ports whatever the policy of INPUT is (TRF-27)."""
     hairpin_remote: bool
     """Whether a connection that reaches itself is masqueraded on any endpoint, or only on this node's (TRF-7)."""
 
@@ -54,7 +56,7 @@ class Semantics(msgspec.Struct, frozen=True, kw_only=True):
 def semantics_of(mode: str) -> Semantics:
     """What a configured mode means; "" and every mode but nftables mean what iptables means (DESIGN 4.10)."""
     nftables = mode == "nftables"
-    return Semantics(firewall_before_refusal=nftables, hairpin_remote=not nftables)
+    return Semantics(firewall_before_refusal=nftables, let_in_health_checks=not nftables, hairpin_remote=not nftables)
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +87,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     hairpins: frozenset[Endpoint] = frozenset()
     """Endpoints in these routes whose connections to themselves are masqueraded."""
     health_check: HealthCheck | None = None
+    let_in: int = 0
+    """The port of the health check, where the node's INPUT must let it in; else 0."""
     no_local_internal: int = 0
     """Service ports with endpoints, none of which internal policy admits here (SEL-12)."""
     no_local_external: int = 0
@@ -127,26 +131,28 @@ def compute(service: Service, slices: Iterable[EndpointSlice], view: View, famil
         label = _label(service, port)
         guard = selection.has_any or view.semantics.firewall_before_refusal
         used: set[Backend] = set()
+        own = [member for member in merged if member.local or view.semantics.hairpin_remote]
         tended = protocol is Protocol.UDP or (protocol is Protocol.TCP and exposure.forget_unanswered)
         alive = frozenset(member.backend for member in merged if member.serving or member.ready) if tended else None
         for frontend, route in _routes(port, protocol, exposure, selection, guard=guard, label=label):
             if (taken := routes.get(frontend)) is None:
                 routes[frontend] = route
-                used |= route.backends
-                used |= route.local_backends or frozenset()
+                if own:
+                    used |= route.backends
+                    used |= route.local_backends or frozenset()
                 if alive is not None:
                     serving[frontend] = alive
             elif taken.label != route.label or taken.kind is route.kind:
                 problems.append(f"{frontend} stands in it twice: the first one, {taken.label}, is served")
         hairpins.update(
-            Endpoint(member.backend.address, protocol, member.backend.port)
-            for member in merged
-            if (member.local or view.semantics.hairpin_remote) and member.backend in used
+            Endpoint(member.backend.address, protocol, member.backend.port) for member in own if member.backend in used
         )
+    health_check = _health_check(service, exposure, endpoints, problems)
     return Outcome(
         routes=routes,
         hairpins=frozenset(hairpins),
-        health_check=_health_check(service, exposure, endpoints, problems),
+        health_check=health_check,
+        let_in=health_check.port if health_check is not None and view.semantics.let_in_health_checks else 0,
         no_local_internal=no_local_internal,
         no_local_external=no_local_external,
         serving=serving,
@@ -185,7 +191,7 @@ def decide(service: Service, slices: Iterable[EndpointSlice], view: View, family
     exposure = _exposure(service, view, family, [])
     if exposure is None:
         return ()
-    found = list(members(slices, family, view.node_name))
+    found = members(slices, family, view.node_name)
     ports: dict[PortKey, tuple[str, dict[Backend, Member], Selection, bool, bool]] = {}
     for port in service.spec.ports:
         if port.protocol not in _PROTOCOLS:
@@ -266,6 +272,7 @@ def _routes(
     """
     nowhere = None if selection.has_any else Refusal.REJECT
     not_here = nowhere if selection.local else nowhere or Refusal.DROP
+    preface = exposure.proxy_protocol and protocol is Protocol.TCP
 
     internal = selection.local if exposure.internal_local else selection.cluster
     yield (
@@ -275,6 +282,8 @@ def _routes(
             backends=internal,
             refusal=not_here if exposure.internal_local else nowhere,
             affinity=exposure.affinity if internal else 0,
+            scheduler=exposure.scheduler if internal else "",
+            proxy_protocol=bool(internal) and preface,
             label=label,
         ),
     )
@@ -286,6 +295,8 @@ def _routes(
         local_backends=selection.local if exposure.external_local and selection.cluster else None,
         refusal=not_here if exposure.external_local else nowhere,
         affinity=exposure.affinity if selection.cluster else 0,
+        scheduler=exposure.scheduler if selection.cluster else "",
+        proxy_protocol=bool(selection.cluster) and preface,
         label=label,
     )
     if exposure.load_balancer:

@@ -7,22 +7,24 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from proxy.config.settings import UserspaceLimits
 from rules.dataplane import Dataplane, Touch, UnavailableError
 from rules.forwarding import Family
 from rules.iptables.programs import BACKENDS, Backend, available
 
-BUILT = ("nftables", "iptables")
-"""The dataplanes that exist, the preferred one first."""
+BUILT = ("nftables", "iptables", "userspace")
+"""The dataplanes that exist, the preferred one first; the last needs nothing of the kernel but sockets."""
 
 IPTABLES = "SLUICE_IPTABLES"
-"""The variable that says which iptables to use, `legacy` or `nft`; without it, the one in use on the node."""
+"""The variable that says which iptables to use, `legacy` or `nft`, where no configuration does; without either, the one
+in use on the node."""
 
-PLANNED = ("ipvs", "userspace")
+PLANNED = ("ipvs",)
 """Modes that have a name and are not built yet."""
 
 
-def choose(mode: str) -> str:
-    """The dataplane for a configured mode.
+def choose(mode: str, iptables: str | None = None) -> str:
+    """The dataplane for a configured mode; `iptables` as for `open_dataplane`.
 
     A mode asked for by name is never replaced by another one; "" takes the best that this node has (DESIGN 4.10).
 
@@ -30,7 +32,7 @@ def choose(mode: str) -> str:
         UnavailableError: the mode is not built yet, or this node has none of those that are.
     """
     if not mode:
-        return _best()
+        return _best(iptables)
     if mode not in BUILT:
         raise UnavailableError(
             f"mode {mode} is not built yet: use mode {' or '.join(BUILT)}, or leave the mode empty to let sluice choose"
@@ -38,11 +40,11 @@ def choose(mode: str) -> str:
     return mode
 
 
-def _best() -> str:
+def _best(iptables: str | None) -> str:
     reasons = []
     for name in BUILT:
         try:
-            dataplane = open_dataplane(name, supported_families()[0])
+            dataplane = open_dataplane(name, supported_families()[0], iptables)
             try:
                 dataplane.check()
             finally:
@@ -60,11 +62,30 @@ def _best() -> str:
 
 def present() -> tuple[str, ...]:
     """The dataplanes that may hold something on this node: one whose programs are not there holds nothing."""
-    return tuple(name for name in BUILT if name != "iptables" or any(available(family) for family in Family))
+    return tuple(name for name in BUILT if _may_hold(name))
 
 
-def open_dataplane(name: str, family: Family) -> Dataplane:
+def _may_hold(name: str) -> bool:
+    if name == "iptables":
+        return any(available(family) for family in Family)
+    if name == "userspace":
+        from proxy.userspace.supervisor import anything_left  # noqa: PLC0415  # one dataplane of several is loaded
+
+        return anything_left()
+    return True
+
+
+def open_dataplane(
+    name: str, family: Family, iptables: str | None = None, userspace: UserspaceLimits | None = None
+) -> Dataplane:
     """The dataplane of a name and a family, in the network namespace of the calling thread.
+
+    Args:
+        name: the mode's.
+        family: the family.
+        iptables: `legacy` or `nft`, as configured (`iptablesBackend`); without, what SLUICE_IPTABLES says, else the one
+            in use on the node.
+        userspace: what limits userspace mode, as configured; workers that run keep what they were started with.
 
     Raises:
         UnavailableError: this node cannot run it; the message says what is missing.
@@ -72,7 +93,11 @@ def open_dataplane(name: str, family: Family) -> Dataplane:
     if name == "iptables":
         from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # one dataplane of several is loaded
 
-        return IptablesDataplane(family, _iptables_backend())
+        return IptablesDataplane(family, _iptables_backend(iptables))
+    if name == "userspace":
+        from proxy.userspace.dataplane import UserspaceDataplane  # noqa: PLC0415  # one dataplane of several is loaded
+
+        return UserspaceDataplane(family, userspace or UserspaceLimits())
     if name != "nftables":
         raise UnavailableError(f"there is no dataplane {name}")
     # pyroute2 costs 0.1 s and 13 MB: help, version and render do without.
@@ -107,13 +132,14 @@ def remove_others(dataplane: Dataplane) -> list[str]:
     return removed
 
 
-def _iptables_backend() -> Backend | None:
-    asked = os.environ.get(IPTABLES, "")
-    for backend in BACKENDS:
-        if asked == backend:
-            return backend
-    if asked:
-        raise UnavailableError(f"{IPTABLES}={asked}: must be {' or '.join(BACKENDS)}, or not be set")
+def _iptables_backend(configured: str | None) -> Backend | None:
+    """The kind of programs that is asked for, by the configuration or else by the environment."""
+    for name, asked in (("iptablesBackend", configured), (IPTABLES, os.environ.get(IPTABLES))):
+        for backend in BACKENDS:
+            if asked == backend:
+                return backend
+        if asked:
+            raise UnavailableError(f"{name}={asked}: must be {' or '.join(BACKENDS)}, or not be set")
     return None
 
 
@@ -141,6 +167,13 @@ def watch(dataplanes: Sequence[Dataplane]) -> Watch:
         from rules.iptables.watch import Watch as IptablesWatch  # noqa: PLC0415  # as above
 
         return IptablesWatch(written)
+    from proxy.userspace.dataplane import UserspaceDataplane  # noqa: PLC0415  # as above
+
+    workers = [each for each in dataplanes if isinstance(each, UserspaceDataplane)]
+    if workers:
+        from proxy.userspace.watch import Watch as WorkersWatch  # noqa: PLC0415  # as above
+
+        return WorkersWatch(workers)
     from rules.nftables.dataplane import NftablesDataplane, watch_tables  # noqa: PLC0415  # as above
 
     return watch_tables(each for each in dataplanes if isinstance(each, NftablesDataplane))

@@ -14,14 +14,13 @@ import contextlib
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, RawItem, UnavailableError
 from rules.forwarding import Delta, Family, ForwardingTable, Frontend, Route, apply_delta
 from rules.iptables.decode import Reading, decode
-from rules.iptables.layout import JUMPS, Options
+from rules.iptables.layout import Options
 from rules.iptables.model import Model
 from rules.iptables.programs import (
     OPTIONAL,
@@ -32,23 +31,12 @@ from rules.iptables.programs import (
     choose,
     missing_features,
 )
-from rules.iptables.text import TABLES, Changes, Jump, Ruleset, Saved, TextError, parse, restore_lines
+from rules.iptables.restores import Restore, Tally, difference, from_saved, owners, removal, restore
+from rules.iptables.text import TABLES, Saved, TextError, parse
 from rules.iptables.watch import Signature, signature
 
 _LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
 _NOTES = 10
-
-
-class _Step(NamedTuple):
-    """The input of one iptables-restore."""
-
-    lines: list[str]
-    operations: int
-    """Rules written and chains removed."""
-
-    @property
-    def text(self) -> str:
-        return "\n".join([*self.lines, ""])
 
 
 class IptablesDataplane:
@@ -69,6 +57,9 @@ class IptablesDataplane:
         self._drop_invalid = not _conntrack_is_liberal()
         self._model: Model | None = None
         """What the kernel holds since the last write."""
+        self._tally = Tally({table: {} for table in TABLES})
+        self._failed = self._failed_partial = 0
+        """Restores that were refused since the last `Applied`; those of them that wrote changes alone."""
         self._busy = threading.Lock()
         """Held while rules are written, so that a watch doesn't take that for another process."""
         self._signature: Signature | None = None
@@ -91,6 +82,7 @@ class IptablesDataplane:
             labels="comment" not in missing,
             affinity="recent" not in missing,
             loopback_node_ports=self._family is Family.IPV4,
+            health_check_ports=True,
         )
 
     def check(self) -> None:
@@ -135,25 +127,47 @@ class IptablesDataplane:
         options, notes = self._options()
         wanted = self._fit(table)
         refused: dict[Frontend, str] = {}
+        failed = self._failed
         try:
-            step = self._write(saved, wanted, options)
-        except RestoreError as error:
-            if not error.ours:
-                raise
-            step = self._write_without_culprits(error, found, wanted, options, refused)
+            try:
+                step = self._write(saved, wanted, options, notes)
+            except RestoreError as error:
+                if not error.ours:
+                    raise
+                step = self._write_without_culprits(error, found, wanted, options, refused)
+        except DataplaneError:
+            self._failed = failed  # the failure tells of those
+            raise
         why = {table.routes[frontend].label or str(frontend): reason for frontend, reason in refused.items()}
         damage = sorted(found.damage) if found else []
         notes += [f"repaired: {each}" for each in damage[:_NOTES]]
         if len(damage) > _NOTES:
             notes.append(f"repaired: {len(damage) - _NOTES} chains more")
+        return self._applied(step, notes, full=True, found=found, refused=why)
+
+    def _applied(
+        self,
+        step: Restore,
+        notes: Iterable[str],
+        *,
+        full: bool = False,
+        found: ForwardingTable | None = None,
+        refused: Mapping[str, str] = {},
+    ) -> Applied:
+        failed, partial = self._failed, self._failed_partial
+        self._failed = self._failed_partial = 0
         return Applied(
             operations=step.operations,
-            bytes_sent=len(step.text) if step.lines else 0,
-            refused=frozenset(why),
-            why_refused=why,
-            full=True,
+            bytes_sent=len(step.text) if step else 0,
+            refused=frozenset(refused),
+            why_refused=refused,
+            full=full,
             notes=tuple(notes),
             found=found,
+            rules=self._tally.rules(),
+            rules_written=step.written,
+            failed_restores=failed,
+            failed_partial_restores=partial,
         )
 
     def apply(self, delta: Delta) -> Applied:
@@ -162,41 +176,47 @@ class IptablesDataplane:
         if model is None:
             raise DataplaneError("nothing is known of the kernel's rules: a sync must come first")
         delta = msgspec.structs.replace(delta, changed=self._fit_routes(delta.changed))
-        if delta.node is not None and delta.node != model.facts:
-            before, model = model, Model(apply_delta(model.table(), delta), model.options)
-            changes = _replace(before.chains(), model.chains())
-        else:
+        if model.stands(delta.node):
             changes = model.plan(delta)
-        step = _step(changes)
-        if step.lines:
+        else:
+            before, model = model, Model(apply_delta(model.table(), delta), model.options)
+            changes = difference(before.chains(), model.chains())
+        step = restore(changes)
+        waited = ""
+        if step:
             with self._writing():
-                self._programs.apply(step.text)
+                try:
+                    waited = self._programs.apply(step.text)
+                except RestoreError:
+                    self._failed += 1
+                    self._failed_partial += 1
+                    raise
+        self._tally.change(changes)
         self._model = model
-        return Applied(operations=step.operations, bytes_sent=len(step.text) if step.lines else 0)
+        return self._applied(step, [waited] if waited else [])
 
-    def _write(self, saved: Saved, wanted: ForwardingTable, options: Options) -> _Step:
+    def _write(
+        self, saved: Saved, wanted: ForwardingTable, options: Options, notes: list[str] | None = None
+    ) -> Restore:
         """Write what makes `saved` into `wanted`."""
         self._model = None
         model = Model(wanted, options)
-        changes = _replace(saved.chains, model.chains())
-        kept = set()
-        stale = []
-        for jump in saved.jumps:
-            if jump in JUMPS and jump not in kept:
-                kept.add(jump)
-            else:
-                stale.append(jump)
-        step = _step(changes, [jump for jump in JUMPS if jump not in kept], stale)
-        if step.lines:
-            self._attempt(step, model)
+        chains = model.chains()
+        step = from_saved(saved, chains)
+        if step:
+            waited = self._attempt(step, model)
+            if waited and notes is not None:
+                notes.append(waited)
         self._model = model
+        self._tally = Tally(chains)
         return step
 
-    def _attempt(self, step: _Step, model: Model) -> None:
+    def _attempt(self, step: Restore, model: Model) -> str:
         try:
-            self._programs.apply(step.text)
+            return self._programs.apply(step.text)
         except RestoreError as error:
-            error.owners = _owners(step, model, error.line)
+            self._failed += 1
+            error.owners = owners(step, model, error.line)
             raise
 
     def _write_without_culprits(
@@ -206,7 +226,7 @@ class IptablesDataplane:
         wanted: ForwardingTable,
         options: Options,
         refused: dict[Frontend, str],
-    ) -> _Step:
+    ) -> Restore:
         """Write what can be written, and put into `refused` what cannot, and why.
 
         Where the program named a line, its route is left out.  Else those that are new are tried in halves.
@@ -288,11 +308,17 @@ class IptablesDataplane:
 
     def _fit_routes(self, routes: Mapping[Frontend, Route]) -> Mapping[Frontend, Route]:
         can = self.capabilities
-        if can.affinity and can.labels:
+        if (
+            can.affinity
+            and can.labels
+            and not any(route.scheduler or route.proxy_protocol for route in routes.values())
+        ):
             return routes
         return {
             frontend: msgspec.structs.replace(
                 route,
+                scheduler="",
+                proxy_protocol=False,
                 affinity=route.affinity if can.affinity else 0,
                 label=route.label if can.labels else "",
             )
@@ -331,8 +357,7 @@ def _remove(programs: Programs) -> bool:
     saved = _saved(programs)
     if not saved:
         return False
-    gone: Changes = {table: dict.fromkeys(saved.chains[table]) for table in TABLES}
-    programs.apply(_step(gone, (), saved.jumps).text)
+    programs.apply(removal(saved).text)
     return True
 
 
@@ -341,36 +366,6 @@ def _saved(programs: Programs) -> Saved:
         return parse(programs.saved())
     except TextError as error:
         raise DataplaneError(f"{programs.save} printed what makes no sense: {error}") from error
-
-
-def _replace(old: Ruleset, new: Ruleset) -> Changes:
-    """The chains that differ."""
-    changes: Changes = {
-        table: {
-            **dict.fromkeys(old[table].keys() - new[table].keys()),
-            **{name: rules for name, rules in new[table].items() if old[table].get(name) != rules},
-        }
-        for table in TABLES
-    }
-    return changes
-
-
-def _step(changes: Changes, jumps: Iterable[Jump] = (), stale: Iterable[Jump] = ()) -> _Step:
-    jumps, stale = list(jumps), list(stale)
-    lines = list(restore_lines(changes, jumps=jumps, stale_jumps=stale))
-    operations = len(jumps) + len(stale)
-    operations += sum(1 if not rules else len(rules) for chains in changes.values() for rules in chains.values())
-    return _Step(lines, operations)
-
-
-def _owners(step: _Step, model: Model, line: int | None) -> frozenset[Frontend]:
-    """The frontends for which a line of the input was written; none where that cannot be told."""
-    if line is None or not 0 < line <= len(step.lines):
-        return frozenset()
-    text = step.lines[line - 1]
-    if not text.startswith("-A "):
-        return frozenset()
-    return model.owners(text[3:].partition(" ")[0], text)
 
 
 def _without(table: ForwardingTable, frontends: Iterable[Frontend]) -> ForwardingTable:

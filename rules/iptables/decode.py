@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from socket import inet_pton
 from typing import NamedTuple
 
+import msgspec
+
 from rules.forwarding import (
     Backend,
     Endpoint,
@@ -39,6 +41,7 @@ _FRONTEND = (
 )
 _LEAF = re.compile(rf"{_FRONTEND}(?P<rest>.*)")
 _SELF = re.compile(rf"-s (?P<source>\S+)/(?:32|128) {_FRONTEND}-j {layout.HAIRPIN}")
+_HEALTH_CHECK = re.compile(r"-p tcp -m tcp --dport (\d{1,5}) -j ACCEPT")
 _DNAT = re.compile(r".*-j DNAT --to-destination \[?([^\s\]]+)\]?:(\d{1,5})")
 _RECENT = re.compile(rf".*-m recent --update --seconds (\d{{1,10}}) --reap --name {PREFIX}([A-Z2-7]+)-")
 _GOTO = re.compile(r"(?:.* )?-g (\S+)")
@@ -86,7 +89,9 @@ def decode(saved: Saved, family: Family) -> Reading | None:
     if not saved:
         return None
     found = _Decoder(saved.chains, family)
-    facts = layout.read_facts(saved.chains, family)
+    facts = msgspec.structs.replace(
+        layout.read_facts(saved.chains, family), health_check_ports=frozenset(found.health_check_ports())
+    )
     options = layout.read_options(saved.chains)
     damage: set[str] = set()
     routes: dict[Frontend, Route] = {}
@@ -163,6 +168,12 @@ class _Decoder:
             hit = _SELF.fullmatch(rule.text)
             if hit is not None and hit["source"] == hit["address"] and (frontend := self._frontend(hit)) is not None:
                 yield Endpoint(*frontend)
+
+    def health_check_ports(self) -> Iterator[int]:
+        for rule in self._tree_rules(FILTER, layout.HEALTH_CHECKS):
+            hit = _HEALTH_CHECK.fullmatch(rule.text)
+            if hit is not None and 0 < int(hit[1]) < 65536:
+                yield int(hit[1])
 
     def _tree_rules(self, table: str, root: str) -> Iterator[Rule]:
         for name, rules in self._chains[table].items():

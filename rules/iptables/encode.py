@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from rules.forwarding import (
@@ -30,6 +31,7 @@ from rules.forwarding import (
     format_address,
 )
 from rules.iptables.layout import HAIRPIN, KINDS, MARK, REFUSE, SOURCE_IS_LOCAL, detect, network
+from rules.iptables.spelling import CERTAIN, chance_words
 from rules.iptables.text import PREFIX, Rule, Rules
 from rules.iptables.tree import PROTOCOL_NAMES, short_hash
 
@@ -45,8 +47,6 @@ POLICY, EVERYWHERE, HERE = "-P", "-A", "-L"
 UNTRANSLATED = Rule("-j ACCEPT")
 """Ends the way of a connection that no backend is for: it must not come to a node port of the same number."""
 
-_CERTAIN = 1 << 31
-"""`statistic` knows chances as multiples of the inverse."""
 _MASKS = {Family.IPV4: "255.255.255.255", Family.IPV6: "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 
 
@@ -66,13 +66,19 @@ class Chance(NamedTuple):
 
     @classmethod
     def one_of(cls, count: int) -> Chance:
-        return cls((2 * _CERTAIN + count) // (2 * count))
+        return cls((2 * CERTAIN + count) // (2 * count))
 
     def match(self) -> str:
         """The match with a blank behind; nothing when it always matches."""
-        if self.value == _CERTAIN:
+        if self.value == CERTAIN:
             return ""
-        return f"-m statistic --mode random --probability {self.value / _CERTAIN:.11f} "
+        return f"-m statistic --mode random --probability {chance_words(self.value)} "
+
+
+@lru_cache(maxsize=1024)
+def _even_chance(count: int) -> str:
+    """The match that chooses the first of so many that are as likely as each other."""
+    return Chance.one_of(count).match()
 
 
 def chain_base(frontend: Frontend, letters: str) -> str:
@@ -167,7 +173,7 @@ class _Lists:
             part = ordered[start : start + size]
             left = len(ordered) - start
             name = f"{parts}{number:03d}"
-            chance = Chance((2 * _CERTAIN * len(part) + left) // (2 * left)).match()
+            chance = Chance((2 * CERTAIN * len(part) + left) // (2 * left)).match()
             rules.append(Rule(f"{match}{chance}-g {name}"))
             self.chains.append((name, tuple(self._drawn(match, part))))
         return rules
@@ -176,7 +182,7 @@ class _Lists:
         left = len(backends)
         for index, backend in enumerate(backends):
             remember = self._remember(backend) if self._timeout else ""
-            yield Rule(f"{match}{Chance.one_of(left - index).match()}{remember}{translate(backend)}")
+            yield Rule(f"{match}{_even_chance(left - index)}{remember}{translate(backend)}")
 
     def _remembered(self, backend: Backend) -> str:
         return f"-m recent --update --seconds {self._timeout} --reap {self._recent(backend)}"
@@ -220,9 +226,9 @@ def encode_filter(family: Family, frontend: Frontend, route: Route) -> Placed:
 
 def hairpin_rule(endpoint: Endpoint, family: Family) -> Rule:
     """What masquerades an endpoint that reaches itself (TRF-7)."""
-    frontend = Frontend(*endpoint)
-    source = f"-s {format_address(endpoint.address)}/{family.address_bytes * 8}"
-    return Rule(f"{source} {frontend_match(frontend, family)}-j {HAIRPIN}")
+    own = f"{format_address(endpoint.address)}/{family.address_bytes * 8}"
+    name = PROTOCOL_NAMES[endpoint.protocol]
+    return Rule(f"-s {own} -d {own} -p {name} -m {name} --dport {endpoint.port} -j {HAIRPIN}")
 
 
 def is_refusal(chain: str) -> tuple[Refusal, Kind] | None:

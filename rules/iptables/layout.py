@@ -16,7 +16,8 @@ A frontend whose rules are more than a few (affinity, source ranges, external po
 its own, and its leaf leads there: `SLUICE-CI-…`, `-EI-`, `-LB-`, `-NP-` by kind.  Most Services have none: iptables-nft
 takes time that is quadratic in the number of chains.
 
-The tree SLUICE-C holds ClusterIPs, where closed ports are refused or unallocated addresses dropped.
+The tree SLUICE-C holds ClusterIPs, where closed ports are refused or unallocated addresses dropped; SLUICE-A the ports
+of the node where load balancers ask about Services.
 
 What depends on the node's facts stands here, save that a frontend under policy Local asks for local pods itself.
 """
@@ -84,6 +85,8 @@ REFUSE_CLUSTER_IPS = "SLUICE-REFUSE-CLUSTER-IPS"
 """Closed ports of ClusterIPs, and addresses of the service networks that no Service has."""
 CLUSTER_IPS = "SLUICE-C"
 """Tree: ClusterIPs."""
+HEALTH_CHECKS = "SLUICE-A"
+"""Tree: ports of the node where load balancers ask about Services, let in whatever the policy is (IPT-19)."""
 REFUSE = {
     (refusal, kind): f"SLUICE-{refusal.name}-{kind.name.replace('_', '-')}" for refusal in Refusal for kind in Kind
 }
@@ -91,7 +94,7 @@ REFUSE = {
 
 TREES = {
     NAT: (BY_ADDRESS, BY_NODE_PORT, HAIRPINS),
-    FILTER: (REFUSALS, NODE_PORT_REFUSALS, CLUSTER_IPS),
+    FILTER: (REFUSALS, NODE_PORT_REFUSALS, CLUSTER_IPS, HEALTH_CHECKS),
 }
 """Root chains, whose content Services make."""
 
@@ -201,7 +204,12 @@ def _filter(facts: NodeFacts, family: Family, options: Options) -> dict[str, lis
         loopback = _LOOPBACK[family]
         guard = [f"! -s {loopback} -d {loopback} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"]
     return {
-        INPUT: [f"-j {GUARD}", f"{_UNTRANSLATED} -j {REFUSALS}", f"{_UNTRANSLATED} -j {REFUSE_NODE_PORTS}"],
+        INPUT: [
+            f"-j {GUARD}",
+            f"-p tcp -j {HEALTH_CHECKS}",
+            f"{_UNTRANSLATED} -j {REFUSALS}",
+            f"{_UNTRANSLATED} -j {REFUSE_NODE_PORTS}",
+        ],
         FORWARD: [
             *(["-m conntrack --ctstate INVALID -j DROP"] if options.drop_invalid else []),
             "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
@@ -264,8 +272,9 @@ _CIDR = re.compile(rf"(?:-d (\S+) )?-(?:j DROP|g {CLUSTER_IPS})")
 
 
 def read_facts(chains: Ruleset, family: Family) -> NodeFacts:
-    """The facts that static chains were made of; what makes no sense is passed over, and shows when the chains are
-    compared with those that the facts make.
+    """The facts that static chains were made of, but for the ports of health checks, which stand in a tree.
+
+    What makes no sense is passed over, and shows when the chains are compared with those that the facts make.
     """
     nat, other = chains[NAT], chains[FILTER]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
+
 from rules.forwarding import (
     Address,
     Delta,
@@ -16,6 +18,7 @@ from rules.forwarding import (
     ForwardingTable,
     Frontend,
     Kind,
+    NodeFacts,
     Protocol,
     Route,
     format_address,
@@ -62,6 +65,7 @@ class Model:
         self._refusals = Tree(layout.REFUSALS, bits)
         self._port_refusals = Tree(layout.NODE_PORT_REFUSALS, 0)
         self._addresses = Tree(layout.CLUSTER_IPS, bits)
+        self._health_checks = Tree(layout.HEALTH_CHECKS, 0)
         self._trees: tuple[tuple[str, Tree, Callable[[Key], Iterable[Rule]]], ...] = (
             (NAT, self._services, self._nat_leaf),
             (NAT, self._node_ports, self._nat_leaf),
@@ -69,6 +73,7 @@ class Model:
             (FILTER, self._refusals, self._filter_leaf),
             (FILTER, self._port_refusals, self._filter_leaf),
             (FILTER, self._addresses, self._address_leaf),
+            (FILTER, self._health_checks, self._health_check_leaf),
         )
         self._fill(table.hairpins)
 
@@ -88,8 +93,14 @@ class Model:
                 chains[table].update(own)
         return chains
 
+    def stands(self, facts: NodeFacts | None) -> bool:
+        """Whether the static part and all routes stay as they are under other facts of the node."""
+        return facts is None or self.facts == msgspec.structs.replace(
+            facts, health_check_ports=self.facts.health_check_ports
+        )
+
     def plan(self, delta: Delta) -> Changes:
-        """The chains that change with a delta of routes and hairpins, and what becomes of them.
+        """The chains that change with a delta whose facts of the node let the rest stand, and what becomes of them.
 
         The model is changed at once.  If the change then fails in the kernel, the model is void.
         """
@@ -108,8 +119,15 @@ class Model:
             self._hairpins.put(Key(*endpoint), 0)
         for endpoint in delta.hairpins_added:
             self._hairpins.put(Key(*endpoint), 1)
+        if delta.node is not None:
+            self._let_in(delta.node)
         self._add_trees(changes)
         return changes
+
+    def _let_in(self, facts: NodeFacts) -> None:
+        for port in self.facts.health_check_ports ^ facts.health_check_ports:
+            self._health_checks.put(_port_key(port), int(port in facts.health_check_ports))
+        self.facts = facts
 
     def _move_addresses(self, held: Mapping[Address, bool]) -> None:
         """Put ClusterIPs into their tree, or take them out, where that changed; `held`: what was there."""
@@ -202,6 +220,7 @@ class Model:
         self._refusals.build(refusals[False])
         self._port_refusals.build(refusals[True])
         self._hairpins.build({Key(*endpoint): 1 for endpoint in hairpins})
+        self._health_checks.build({_port_key(port): 1 for port in self.facts.health_check_ports})
         if self._cluster_ips is not None:
             self._addresses.build({_address_key(address): 1 for address in self._tenants})
 
@@ -235,10 +254,18 @@ class Model:
     def _hairpin_leaf(self, key: Key) -> Iterable[Rule]:
         return (hairpin_rule(Endpoint(*key), self.family),)
 
+    def _health_check_leaf(self, key: Key) -> Iterable[Rule]:
+        return (Rule(f"-p tcp -m tcp --dport {key.port} -j ACCEPT"),)
+
     def _address_leaf(self, key: Key) -> Iterable[Rule]:
         assert self._cluster_ips is not None
         bits = self.family.address_bytes * 8
         return (Rule(f"-d {format_address(key.address)}/{bits} {self._cluster_ips.target}"),)
+
+
+def _port_key(port: int) -> Key:
+    """The key of a TCP port alone."""
+    return Key(b"", Protocol.TCP, port)
 
 
 def _address_key(address: Address) -> Key:

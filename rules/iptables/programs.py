@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rules.dataplane import DataplaneError, UnavailableError
@@ -25,8 +27,11 @@ BACKENDS: tuple[Backend, ...] = ("nft", "legacy")
 
 _NAMES = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
 _LINE = re.compile(r"(?:occurred at line: |^line |: line )(\d+)", re.MULTILINE)
-_LOCK_WAIT = "5"
-"""Seconds to wait for others who write with iptables-legacy."""
+LOCK_WAIT = 5
+"""Seconds to wait for others who write with iptables-legacy, as kube-proxy does (IPT-23)."""
+_PATIENCE = 1.0
+"""Seconds after which it is worth looking who holds the lock."""
+_LOCK = "/run/xtables.lock"
 _BUSY = re.compile(
     r"xtables lock|Resource temporarily unavailable|Out of memory|memory|Permission denied|not permitted"
 )
@@ -65,16 +70,22 @@ class Programs(NamedTuple):
             raise DataplaneError(f"{self.save} failed: {_reason(done)}")
         return done.stdout.decode(errors="replace")
 
-    def apply(self, text: str) -> None:
+    def apply(self, text: str) -> str:
         """Have iptables-restore make the changes of `text`, one transaction per table; others' rules stay.
+
+        Returns what it had to wait for, in a sentence for the log; mostly nothing.
 
         Raises:
             RestoreError: it refused; tables before the one in question are changed.
         """
-        done = _run([self.restore, "--noflush", "-w", _LOCK_WAIT], text)
+        start = time.monotonic()
+        done, holder = _run_under_lock([self.restore, "--noflush", "-w", str(LOCK_WAIT)], text)
         if not done.returncode:
-            return
+            return holder and f"waited {time.monotonic() - start:.1f} s for the xtables lock, which {holder} held"
         reason = _reason(done)
+        if "xtables lock" in reason:
+            who = holder or "another process"
+            raise RestoreError(f"{who} has held the xtables lock ({_lock_file()}) for {LOCK_WAIT} s", None, ours=False)
         found = _LINE.search(done.stderr.decode(errors="replace"))
         raise RestoreError(
             f"{self.restore} failed: {reason}", int(found[1]) if found else None, ours=not _BUSY.search(reason)
@@ -203,6 +214,51 @@ def _run(command: Iterable[str], text: str = "") -> subprocess.CompletedProcess[
         return subprocess.run(words, input=text.encode(), capture_output=True, check=False)  # noqa: S603  # found by name
     except OSError as error:
         raise DataplaneError(f"{words[0]} cannot be run: {error.strerror}") from error
+
+
+def _run_under_lock(command: list[str], text: str) -> tuple[subprocess.CompletedProcess[bytes], str]:
+    """Run a program that may have to wait for the lock; what came of it, and who held the lock if it took long."""
+    holder = ""
+    try:
+        # A file, as `communicate` forgets the rest of its input when it is interrupted.
+        with open(os.memfd_create("rules"), "w+b") as rules:  # noqa: PTH123  # it has no path
+            rules.write(text.encode())
+            rules.seek(0)
+            process = subprocess.Popen(  # noqa: S603  # found by name
+                command, stdin=rules, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+    except OSError as error:
+        raise DataplaneError(f"{command[0]} cannot be run: {error.strerror}") from error
+    with process:
+        while True:
+            try:
+                output, errors = process.communicate(timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                holder = _lock_holder(process.pid) or holder
+            else:
+                return subprocess.CompletedProcess(command, process.returncode, output, errors), holder
+
+
+def _lock_file() -> str:
+    return os.environ.get("XTABLES_LOCKFILE", _LOCK)
+
+
+def _lock_holder(own: int) -> str:
+    """Who holds the xtables lock, unless it is the process `own` or nobody."""
+    try:
+        inode = Path(_lock_file()).stat().st_ino
+        locks = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return ""
+    # 1: FLOCK  ADVISORY  WRITE 4711 00:1a:815 0 EOF; those who wait have "->" behind the number.
+    for words in map(str.split, locks):
+        if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{inode}") and words[4] != str(own):
+            try:
+                name = Path(f"/proc/{words[4]}/comm").read_text().strip()
+            except OSError:  # it ended, and one of its children holds the lock
+                return "another process"
+            return f"{name} (process {words[4]})"
+    return ""
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -1,7 +1,7 @@
 """The text that iptables-save prints and iptables-restore takes, as far as our own chains need it.
 
-A rule is held as iptables-save prints it, matches in its order, without the comment: so that what is encoded and what
-is read back are compared as they are.
+A rule is held as iptables-save 1.8.9 prints it (`rules.iptables.spelling` brings others' output to that), without the
+comment: so that what is encoded and what is read back are compared as they are.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+from rules.iptables.spelling import respell
 
 PREFIX = "SLUICE-"
 """Chains whose names begin so are ours, and no others."""
@@ -70,13 +72,21 @@ def quote(comment: str) -> str:
 
 def parse_rule(text: str) -> Rule:
     """A rule as it stands behind `-A CHAIN `."""
+    bare, comment = split_comment(text)
+    return Rule(respell(bare), comment)
+
+
+def split_comment(text: str) -> tuple[str, str]:
+    """A rule as it was printed, without its comment; and the comment."""
     spaced = " " + text
     found = _COMMENT.search(spaced)
     if found is None:
-        return Rule(text)
+        return text, ""
     quoted, bare = found.groups()
-    comment = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else bare
-    return Rule((spaced[: found.start()] + spaced[found.end() :])[1:], comment)
+    comment = quoted if quoted is not None else bare
+    if "\\" in comment and quoted is not None:
+        comment = re.sub(r"\\(.)", r"\1", quoted)
+    return (spaced[: found.start()] + spaced[found.end() :])[1:], comment
 
 
 def parse(text: str) -> Saved:

@@ -12,15 +12,17 @@ Levels on which all keys agree are skipped, so that a tree is as deep as its key
 cost nothing.
 
 The tree is a function of its keys and weights alone, however they came: what is read back from a kernel can be compared
-with the tree that its keys make.  A change touches the chains on the way to its key; a node whose place changes is made
-anew with all below it.
+with the tree that its keys make.  A change touches the chains on the way to its key.  Where a key comes that stands
+apart from all that share some bits, those go down by a level as they are; where it goes, they come up again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from base64 import b32encode
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from rules.forwarding import Address, Protocol, format_address
@@ -118,16 +120,31 @@ def short_hash(text: str, letters: int) -> str:
 class _Node:
     """One chain: a leaf with keys, or a node with children by their prefixes (`cut` bits of which all keys share)."""
 
-    __slots__ = ("children", "cut", "depth", "keys", "length", "prefix", "weight")
+    __slots__ = ("children", "cut", "height", "keys", "length", "prefix", "weight")
 
-    def __init__(self, prefix: int, length: int, depth: int) -> None:
+    def __init__(self, prefix: int, length: int) -> None:
         self.prefix = prefix
         self.length = length
-        self.depth = depth
         self.cut = 0
+        self.height = 0
+        """Levels below: none below a leaf."""
         self.weight = 0
         self.keys: dict[int, int] | None = {}
         self.children: dict[int, _Node] = {}
+
+    def measure(self) -> None:
+        """Take the height from the children's."""
+        self.height = 1 + max(child.height for child in self.children.values()) if self.keys is None else 0
+
+
+class _Run(NamedTuple):
+    """Some of many keys in order, with their weights."""
+
+    keys: Sequence[tuple[int, int]]
+    sums: Sequence[int]
+    """Of the weights of all keys before each."""
+    first: int
+    end: int
 
 
 class Leaf(NamedTuple):
@@ -149,13 +166,13 @@ class Tree:
         """Of a root chain's name; `address_bits` 0 dispatches by protocol and port alone."""
         self.root = root
         self._space = Space(address_bits)
-        self._top = _Node(0, 0, 0)
+        self._top = _Node(0, 0)
         self._nodes: dict[str, _Node] = {root: self._top}
         self._touched: set[str] = {root}
 
     def build(self, weights: Mapping[Key, int]) -> None:
         """Hold exactly these keys."""
-        self._replace(self._top, {self._space.pack(key): weight for key, weight in weights.items()})
+        self._replace(self._top, {self._space.pack(key): weight for key, weight in weights.items()}, 0)
 
     def put(self, key: Key, weight: int) -> None:
         """Add a key, give it another weight, or just have its leaf written again; weight 0 removes it."""
@@ -193,50 +210,95 @@ class Tree:
         return self._space.chain(self.root, node.prefix, node.length)
 
     def _put(self, key: int, weight: int) -> None:
-        node = self._top
         old = self._weight(key)
+        node = self._top
+        path: list[_Node] = []
         while node.keys is None:
+            depth = len(path)
             if key >> self._space.bits - node.cut != self._shared(node):
-                # The key stands apart from all that is here.
-                self._replace(node, {**dict(self._keys(node)), key: weight})
-                return
+                self._part(node, key, weight, depth)
+                break
             node.weight += weight - old
             if node.weight <= LEAF:
-                self._replace(node, {**dict(self._keys(node)), key: weight})
-                return
+                self._replace(node, {**dict(self._keys(node)), key: weight}, depth)
+                break
             length = self._space.cut_after(node.cut)
             prefix = key >> self._space.bits - length
             child = node.children.get(prefix)
             if child is None:
-                child = node.children[prefix] = self._make(prefix, length, node.depth + 1)
+                child = node.children[prefix] = self._make(prefix, length)
                 self._touched.add(self._name(node))
+            path.append(node)
             node = child
-        node.keys[key] = weight
-        node.weight += weight - old
-        self._touched.add(self._name(node))
-        if self._splits(len(node.keys), node.weight, node.depth):
-            self._replace(node, node.keys)
+        else:
+            node.keys[key] = weight
+            node.weight += weight - old
+            self._touched.add(self._name(node))
+            if self._splits(len(node.keys), node.weight, len(path)):
+                self._replace(node, node.keys, len(path))
+        for each in reversed(path):
+            each.measure()
+
+    def _part(self, node: _Node, key: int, weight: int, depth: int) -> None:
+        """Take in a key that stands apart from all below a node: they go one level down, unchanged."""
+        if depth + 1 + node.height > MAX_DEPTH:
+            self._replace(node, {**dict(self._keys(node)), key: weight}, depth)
+            return
+        bits = self._space.bits
+        some = self._shared(node) << bits - node.cut
+        cut = self._space.cut_before(bits - (some ^ key).bit_length())
+        length = self._space.cut_after(cut)
+        old = self._make(some >> bits - length, length)
+        old.cut, old.height, old.weight = node.cut, node.height, node.weight
+        old.keys, old.children = None, node.children
+        new = self._make(key >> bits - length, length)
+        self._replace(new, {key: weight}, depth + 1)
+        node.cut = cut
+        node.children = {old.prefix: old, new.prefix: new}
+        node.weight += weight
+        node.measure()
+        self._touched |= {self._name(node), self._name(old)}
 
     def _remove(self, key: int) -> None:
         old = self._weight(key)
         if not old:
             return
         node = self._top
+        path: list[_Node] = []
         while node.keys is None:
+            depth = len(path)
             node.weight -= old
             child = node.children[key >> self._space.bits - self._space.cut_after(node.cut)]
-            if node.weight <= LEAF or (len(node.children) == 2 and child.weight == old):
-                self._replace(node, {each: weight for each, weight in self._keys(node) if each != key})
-                return
+            if node.weight <= LEAF:
+                self._replace(node, {each: weight for each, weight in self._keys(node) if each != key}, depth)
+                break
             if child.weight == old:
                 del node.children[child.prefix]
                 self._forget(child)
                 self._touched.add(self._name(node))
-                return
+                if len(node.children) == 1:
+                    self._join(node, depth)
+                node.measure()
+                break
+            path.append(node)
             node = child
-        del node.keys[key]
-        node.weight -= old
-        self._touched.add(self._name(node))
+        else:
+            del node.keys[key]
+            node.weight -= old
+            self._touched.add(self._name(node))
+        for each in reversed(path):
+            each.measure()
+
+    def _join(self, node: _Node, depth: int) -> None:
+        """Take the place of the only child of a node: what is below goes one level up, unchanged."""
+        [child] = node.children.values()
+        if child.keys is not None or depth + 1 + child.height == MAX_DEPTH:
+            # A leaf as deep as may be could be split, now that there is a level more.
+            self._replace(node, dict(self._keys(child)), depth)
+            return
+        self._touched.add(self._name(child))
+        del self._nodes[self._name(child)]
+        node.cut, node.children = child.cut, child.children
 
     def _weight(self, key: int) -> int:
         """The weight of a key; 0 if it isn't here."""
@@ -254,34 +316,38 @@ class Tree:
     def _splits(count: int, weight: int, depth: int) -> bool:
         return weight > LEAF and count > 1 and depth < MAX_DEPTH
 
-    def _replace(self, node: _Node, keys: Mapping[int, int]) -> None:
+    def _replace(self, node: _Node, keys: Mapping[int, int], depth: int) -> None:
         """Make what stands at a node anew, of these keys."""
         for child in node.children.values():
             self._forget(child)
         node.children = {}
-        self._fill(node, sorted(keys.items()))
+        ordered = sorted(keys.items())
+        self._fill(node, _Run(ordered, [0, *accumulate(keys[key] for key, _ in ordered)], 0, len(ordered)), depth)
 
-    def _make(self, prefix: int, length: int, depth: int) -> _Node:
-        node = _Node(prefix, length, depth)
+    def _make(self, prefix: int, length: int) -> _Node:
+        node = _Node(prefix, length)
         self._nodes[self._name(node)] = node
         return node
 
-    def _fill(self, node: _Node, keys: list[tuple[int, int]]) -> None:
+    def _fill(self, node: _Node, run: _Run, depth: int) -> None:
         self._touched.add(self._name(node))
-        node.weight = sum(weight for _, weight in keys)
-        if not self._splits(len(keys), node.weight, node.depth):
-            node.keys = dict(keys)
+        keys, sums, at, end = run
+        node.weight = sums[end] - sums[at]
+        if not self._splits(end - at, node.weight, depth):
+            node.keys = dict(keys[at:end])
+            node.height = 0
             return
         node.keys = None
         bits = self._space.bits
-        node.cut = self._space.cut_before(bits - (keys[0][0] ^ keys[-1][0]).bit_length())
+        node.cut = self._space.cut_before(bits - (keys[at][0] ^ keys[end - 1][0]).bit_length())
         length = self._space.cut_after(node.cut)
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for key, weight in keys:
-            groups.setdefault(key >> bits - length, []).append((key, weight))
-        for prefix, group in groups.items():
-            child = node.children[prefix] = self._make(prefix, length, node.depth + 1)
-            self._fill(child, group)
+        while at < end:
+            prefix = keys[at][0] >> bits - length
+            behind = bisect_left(keys, (prefix + 1 << bits - length,), at, end)
+            child = node.children[prefix] = self._make(prefix, length)
+            self._fill(child, _Run(keys, sums, at, behind), depth + 1)
+            at = behind
+        node.measure()
 
     def _forget(self, node: _Node) -> None:
         self._touched.add(self._name(node))

@@ -6,20 +6,18 @@ It has a world of its own, as these tests flush rules and end agents.
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from proxy.demo.probes import Probe
 from proxy.demo.world import World
 from proxy.modes import IPTABLES
 from rules.forwarding import Family
 from rules.iptables.programs import BACKENDS, available
 from tests.netns.agent import Agent
-from tests.netns.asking import answering, eventually, nft
+from tests.netns.asking import answering, dropped, eventually, get, said
 from tests.netns.runner import backends
-from tests.scenarios.schema import CLUSTER, DIRECTORY, Manifest, load, manifests
+from tests.scenarios.schema import CLUSTER, DIRECTORY, Manifest, load, manifests, merge
 
 # One world for all of them.
 pytestmark = pytest.mark.xdist_group("agent-iptables")
@@ -73,15 +71,6 @@ def served() -> list[Manifest]:
     return manifests(CLUSTER) + load(DIRECTORY / "external-policy-local.yaml").objects
 
 
-def run(world: World, program: str, *arguments: str) -> str:
-    """What a program says on node1."""
-    done = world.namespaces["node1"].inside(
-        lambda: subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def serves(world: World) -> bool:
     return answering(world, "p3", "10.96.0.41", 80) == {"p1", "q1"} and answering(world, "c", "203.0.113.30", 80) == {
         "p1"
@@ -95,7 +84,7 @@ def test_what_others_flush_is_written_again_unasked(
     before = serving.read(Family.IPV4)
     assert before is not None
     assert not before.damage
-    run(own_world, f"iptables-{programs}", *FLUSHES[flush])
+    said(own_world, f"iptables-{programs}", *FLUSHES[flush])
     assert serving.read(Family.IPV4) != before
     eventually(lambda: serving.read(Family.IPV4) == before, f"the repair of: {flush}")
     assert serves(own_world)
@@ -103,52 +92,55 @@ def test_what_others_flush_is_written_again_unasked(
 
 def test_a_forward_policy_that_drops_lets_services_through(serving: Agent, own_world: World, programs: str) -> None:
     """TRF-28: what is marked for masquerading, and what is established."""
-    run(own_world, f"iptables-{programs}", "-P", "FORWARD", "DROP")
+    said(own_world, f"iptables-{programs}", "-P", "FORWARD", "DROP")
     try:
         objects = manifests(CLUSTER) + load(DIRECTORY / "external-policy-cluster.yaml").objects
         own_world.probes.open(backends(objects))
         serving.apply(objects)
         assert answering(own_world, "c", "203.0.113.30", 80) == {"p1", "q1"}
     finally:
-        run(own_world, f"iptables-{programs}", "-P", "FORWARD", "ACCEPT")
+        said(own_world, f"iptables-{programs}", "-P", "FORWARD", "ACCEPT")
+
+
+def test_an_input_policy_that_drops_lets_health_checks_in(serving: Agent, own_world: World, programs: str) -> None:
+    """TRF-27, IPT-19, B-55: from the Service's first sync to its end, with endpoints or without, and nothing else."""
+
+    def answered() -> bool:
+        return get(own_world, "c", "192.168.50.11", 32000) is not None
+
+    asked = {"spec": {"healthCheckNodePort": 32000}}
+    checked = [merge(each, asked if each["kind"] == "Service" else {}) for each in served()]
+    said(own_world, f"iptables-{programs}", "-P", "INPUT", "DROP")
+    try:
+        assert dropped(own_world, "c", "192.168.50.11", 32000)
+        serving.apply(checked)
+        eventually(answered, "the health check's answer")
+        assert dropped(own_world, "c", "192.168.50.11", 10256), "that the node is well is not let in, as in kube-proxy"
+        serving.apply([each for each in checked if each["kind"] != "EndpointSlice"])
+        table = serving.read(Family.IPV4)
+        assert table is not None
+        assert table.node.health_check_ports == {32000}
+        eventually(answered, "the answer without endpoints")
+        serving.apply(served())
+        assert "32000" not in said(own_world, f"iptables-{programs}-save")
+    finally:
+        said(own_world, f"iptables-{programs}", "-P", "INPUT", "ACCEPT")
 
 
 def test_packets_that_conntrack_cannot_place_are_dropped_unless_it_is_liberal(
     serving: Agent, own_world: World, programs: str
 ) -> None:
-    """TRF-29."""
-    listing = run(own_world, f"iptables-{programs}", "-S", "SLUICE-FORWARD")
+    """TRF-29, IPT-15, B-153."""
+    listing = said(own_world, f"iptables-{programs}", "-S", "SLUICE-FORWARD")
     assert "-m conntrack --ctstate INVALID -j DROP" in listing
     liberal = "net.netfilter.nf_conntrack_tcp_be_liberal"
-    run(own_world, "sysctl", "-qw", f"{liberal}=1")
+    said(own_world, "sysctl", "-qw", f"{liberal}=1")
     try:
         serving.stop()
         serving.start()
         serving.apply(served())
-        assert "INVALID" not in run(own_world, f"iptables-{programs}", "-S", "SLUICE-FORWARD")
+        assert "INVALID" not in said(own_world, f"iptables-{programs}", "-S", "SLUICE-FORWARD")
     finally:
-        run(own_world, "sysctl", "-qw", f"{liberal}=0")
+        said(own_world, "sysctl", "-qw", f"{liberal}=0")
         serving.stop()
         serving.start()
-
-
-def test_modes_change_places_and_no_connection_fails(
-    serving: Agent, own_world: World, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    other = Agent(own_world, tmp_path_factory.mktemp("nftables"), "nftables")
-    own_world.probes.start("pod", Probe(host="p3", address="10.96.0.41", port=80), 0.005)
-    own_world.probes.start("outside", Probe(host="c", address="203.0.113.30", port=80), 0.005)
-    try:
-        serving.stop()
-        other.configure({})
-        other.apply(served())
-        eventually(lambda: serving.read(Family.IPV4) is None, "the end of iptables' rules")
-        other.stop()
-        serving.start()
-        serving.apply(served())
-        eventually(lambda: "sluice" not in nft(own_world, "list", "tables"), "the end of nftables' table")
-    finally:
-        other.stop()
-        outcomes = own_world.probes.stop("pod") + own_world.probes.stop("outside")
-    assert outcomes
-    assert {outcome.kind for outcome in outcomes} == {"answered"}

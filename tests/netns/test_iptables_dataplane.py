@@ -32,8 +32,8 @@ from rules.forwarding import (
 from rules.iptables.dataplane import IptablesDataplane
 from rules.iptables.programs import BACKENDS, available
 from rules.iptables.programs import Backend as Programs
+from tests.iptables_tables import tables
 from tests.netns.isolation import own_network_namespace
-from tests.strategies import tables
 
 pytestmark = pytest.mark.netns
 

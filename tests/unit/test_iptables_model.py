@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,12 +25,13 @@ from rules.forwarding import (
     Route,
     difference,
 )
+from rules.iptables import tree as module
 from rules.iptables.decode import decode
 from rules.iptables.layout import JUMPS, Options
 from rules.iptables.model import Model
 from rules.iptables.text import FILTER, NAT, TABLES, Ruleset, Saved, TextError, parse, parse_rule, restore_lines
-from rules.iptables.tree import LEAF, Key, Space, Tree
-from tests.strategies import tables
+from rules.iptables.tree import LEAF, MAX_DEPTH, Key, Space, Tree
+from tests.iptables_tables import tables
 
 FAMILIES = list(Family)
 OPTIONS = st.builds(Options, st.booleans(), st.booleans())
@@ -71,9 +73,11 @@ def test_deltas_lead_to_the_chains_of_the_table_made_at_once(family: Family) -> 
     @settings(max_examples=20)
     @given(st.lists(tables(family, with_node=False), min_size=2, max_size=5), st.booleans())
     def check(steps: list[ForwardingTable], closed: bool) -> None:
-        node = NodeFacts(reject_closed_ports=closed)
         steps = [
-            ForwardingTable(family=family, node=node, routes=each.routes, hairpins=each.hairpins) for each in steps
+            msgspec.structs.replace(
+                each, node=NodeFacts(reject_closed_ports=closed, health_check_ports=each.node.health_check_ports)
+            )
+            for each in steps
         ]
         model = Model(steps[0], Options())
         held = model.chains()
@@ -262,6 +266,27 @@ def test_a_change_of_one_of_many_rewrites_one_leaf() -> None:
     assert not changes[FILTER]
 
 
+def test_health_checks_come_and_go_in_their_tree_alone() -> None:
+    """IPT-19, TRF-27: a port more rewrites a leaf of the filter table, and no Service."""
+    routes = {frontend(number): route(4) for number in range(500)}
+    facts = NodeFacts(health_check_ports=frozenset(range(30000, 31000)))
+    table = ForwardingTable(family=Family.IPV4, node=facts, routes=routes)
+    model = Model(table, Options())
+    held = model.chains()
+    after = msgspec.structs.replace(
+        table, node=msgspec.structs.replace(facts, health_check_ports=facts.health_check_ports ^ {30000, 32767})
+    )
+    delta = difference(table, after)
+    assert model.stands(delta.node)
+    assert not model.stands(msgspec.structs.replace(facts, masquerade_all=True))
+    changes = model.plan(delta)
+    assert not changes[NAT]
+    assert set(changes[FILTER]) < {name for name in {*held[FILTER], *changes[FILTER]} if name.startswith("SLUICE-A")}
+    assert len(changes[FILTER]) < 5
+    assert model.chains() == Model(after, Options()).chains()
+    assert max(map(len, model.chains()[FILTER].values())) <= LEAF
+
+
 def test_many_ports_of_one_address_are_dispatched_by_port() -> None:
     routes = {frontend(1, port): route(2) for port in range(1, 2000)}
     routes[frontend(1)._replace(protocol=Protocol.UDP)] = route(2)
@@ -333,21 +358,50 @@ def test_a_label_cannot_break_out_of_its_line() -> None:
     assert reread(chains, Family.IPV4).routes[frontend(1)].label == label.replace("\n", "?")
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 9), st.sampled_from(list(Protocol)), st.integers(0, 60))))
-def test_a_tree_is_the_same_however_it_came_to_its_keys(steps: list[tuple[int, int, Protocol, int]]) -> None:
-    tree = Tree("SLUICE-S", 32)
-    known: dict[str, object] = {"SLUICE-S": tree.content("SLUICE-S")}
-    held: dict[Key, int] = {}
-    for host, port, protocol, weight in steps:
-        key = Key(bytes([10, host % 3, 0, host % 256]), protocol, port)
-        tree.put(key, weight)
-        held[key] = weight
-        for name, there in tree.take_changes().items():
-            known[name] = tree.content(name) if there else None
-    fresh = Tree("SLUICE-S", 32)
-    fresh.build({key: weight for key, weight in held.items() if weight})
-    wanted = {name: fresh.content(name) for name in fresh.chains()}
-    assert {name: content for name, content in known.items() if content is not None} == wanted
+STEPS = st.lists(
+    st.tuples(
+        st.integers(0, 300), st.sampled_from([0, 1, 64, 65, 128]), st.sampled_from(list(Protocol)), st.integers(0, 60)
+    ),
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize("deepest", [2, 3, 4, MAX_DEPTH])
+def test_a_tree_is_the_same_however_it_came_to_its_keys(deepest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_DEPTH", deepest)
+
+    @settings(max_examples=150)
+    @given(STEPS)
+    def check(steps: list[tuple[int, int, Protocol, int]]) -> None:
+        tree = Tree("SLUICE-S", 32)
+        known: dict[str, object] = {"SLUICE-S": tree.content("SLUICE-S")}
+        held: dict[Key, int] = {}
+        for host, net, protocol, weight in steps:
+            key = Key(bytes([10, net, host // 256, host % 256]), protocol, 80)
+            tree.put(key, weight)
+            held[key] = weight
+            for name, there in tree.take_changes().items():
+                known[name] = tree.content(name) if there else None
+        fresh = Tree("SLUICE-S", 32)
+        fresh.build({key: weight for key, weight in held.items() if weight})
+        wanted = {name: fresh.content(name) for name in fresh.chains()}
+        assert {name: content for name, content in known.items() if content is not None} == wanted
+
+    check()
+
+
+def test_a_key_that_stands_apart_rewrites_the_way_to_it_and_not_the_others() -> None:
+    """One pod of another network, among many of one: it comes and goes without the others being written again."""
+    tree = Tree("SLUICE-H", 32)
+    tree.build({Key(bytes([10, 128, *divmod(number, 250)]), Protocol.TCP, 8080): 1 for number in range(5000)})
+    tree.take_changes()
+    apart = Key(bytes([10, 192, 0, 1]), Protocol.TCP, 8080)
+    before = {name: tree.content(name) for name in tree.chains()}
+    tree.put(apart, 1)
+    assert len(tree.take_changes()) == 3
+    tree.put(apart, 0)
+    assert len(tree.take_changes()) == 3
+    assert {name: tree.content(name) for name in tree.chains()} == before
 
 
 def test_every_key_is_matched_by_the_way_to_it() -> None:

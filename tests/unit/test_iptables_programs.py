@@ -9,6 +9,7 @@ import pytest
 
 from rules.dataplane import DataplaneError
 from rules.forwarding import Family
+from rules.iptables import programs as module
 from rules.iptables.programs import (
     FEATURES,
     Backend,
@@ -92,6 +93,34 @@ def test_a_line_that_is_refused_is_told_and_a_busy_lock_is_nobodys_fault(install
     install("iptables-nft-restore", "echo 'Another app is currently holding the xtables lock' >&2; exit 4")
     with pytest.raises(RestoreError) as refused:
         programs.apply("*nat\nCOMMIT\n")
+    assert not refused.value.ours
+
+
+def test_rules_arrive_whole_however_long_the_program_takes_to_begin(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a pipe holds, to a program that reads none of it until somebody looks who holds it up."""
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    programs = pair(install, "nft", "", tmp_path)
+    install("iptables-nft-restore", f"sleep 0.5; cat > {tmp_path}/taken")
+    rules = "*nat\n" + "-A SLUICE-S -j RETURN\n" * 20_000 + "COMMIT\n"
+    assert not programs.apply(rules)
+    assert (tmp_path / "taken").read_text() == rules
+
+
+def test_a_lock_that_nobody_known_holds_is_told_in_one_line(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
+    programs = pair(install, "legacy", "", tmp_path)
+    install(
+        "iptables-legacy-restore",
+        'echo "Can\'t lock /run/xtables.lock: Resource temporarily unavailable" >&2; '
+        "echo 'Another app is currently holding the xtables lock. Stopped waiting after 5s.' >&2; exit 4",
+    )
+    with pytest.raises(RestoreError) as refused:
+        programs.apply("*nat\nCOMMIT\n")
+    assert str(refused.value) == f"another process has held the xtables lock ({tmp_path}/lock) for 5 s"
     assert not refused.value.ours
 
 

@@ -27,7 +27,9 @@ class Memory:
         self.poison = ""
         """A text that no line may have."""
         self.reason = "something is wrong"
-        self.calls = 0
+        self.calls = self.failures = 0
+        self.waited = ""
+        """What the next writes have to say."""
 
     def saved(self) -> str:
         return "\n".join(line for table in self.tables for line in self._lines(table)) + "\n"
@@ -38,9 +40,10 @@ class Memory:
         yield from (f"-A {name} {rule}" for name, rules in self.tables[table].items() for rule in rules)
         yield "COMMIT"
 
-    def apply(self, text: str) -> None:
+    def apply(self, text: str) -> str:
         self.calls += 1
         if self.poison and self.poison in text:
+            self.failures += 1
             raise RestoreError(self.reason, None, ours="lock" not in self.reason)
         chains: dict[str, list[str]] = {}
         for line in text.splitlines():
@@ -61,6 +64,7 @@ class Memory:
                     pass
                 case _:
                     chains[command[1:]] = []
+        return self.waited
 
 
 @pytest.fixture
@@ -69,6 +73,11 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(module, "choose", lambda *_: memory)
     monkeypatch.setattr(module, "missing_features", lambda _: frozenset())
     return memory
+
+
+def held(memory: Memory) -> dict[str, int]:
+    """How many rules there are."""
+    return {table: sum(map(len, chains.values())) for table, chains in memory.tables.items()}
 
 
 def web(host: int) -> Frontend:
@@ -155,6 +164,14 @@ def test_a_node_without_statistic_cannot_run_it_and_one_without_recent_goes_with
     assert "--random-fully" not in memory.saved()
 
 
+def test_what_is_masqueraded_gets_random_ports_where_the_node_can(memory: Memory) -> None:
+    """TRF-9, B-154."""
+    IptablesDataplane(Family.IPV4).sync(TABLE)
+    masquerading = [line for line in memory.saved().splitlines() if "-j MASQUERADE" in line]
+    assert len(masquerading) == 2
+    assert all(line.endswith("-j MASQUERADE --random-fully") for line in masquerading)
+
+
 def test_raw_names_whom_a_rule_serves(memory: Memory) -> None:
     dataplane = IptablesDataplane(Family.IPV4)
     dataplane.sync(TABLE)
@@ -163,3 +180,68 @@ def test_raw_names_whom_a_rule_serves(memory: Memory) -> None:
     assert raw.table == TABLE
     [item] = [each for each in raw.items if "-d 10.96.0.7/32" in each.text and "CLUSTER-IP" in each.text]
     assert item.frontends == (web(7),)
+
+
+def test_rules_and_failed_restores_are_counted(memory: Memory) -> None:
+    """MET-12 to MET-15: what kube-proxy counts of its restores."""
+    dataplane = IptablesDataplane(Family.IPV4)
+    first = dataplane.sync(without(3))
+    assert first.rules == held(memory)
+    assert first.rules == first.rules_written
+    assert (first.failed_restores, first.failed_partial_restores) == (0, 0)
+    more = dataplane.apply(Delta(changed={web(3): route(3)}))
+    assert more.rules == held(memory)
+    assert 0 < more.rules_written["nat"] < more.rules["nat"]
+    assert 0 < more.rules_written["filter"] < more.rules["filter"]
+    less = dataplane.apply(Delta(removed=frozenset({web(3), web(4)})))
+    assert less.rules == held(memory)
+    memory.poison = "-d 10.96.0.3/32"
+    with pytest.raises(DataplaneError):
+        dataplane.apply(Delta(changed={web(3): route(3)}))
+    memory.poison = ""
+    after = dataplane.sync(TABLE)
+    assert (after.failed_restores, after.failed_partial_restores) == (1, 1)
+    assert after.rules == held(memory)
+    again = dataplane.sync(TABLE)
+    assert (again.failed_restores, again.failed_partial_restores, again.rules_written) == (
+        0,
+        0,
+        {"nat": 0, "filter": 0},
+    )
+
+
+def test_a_restore_whose_failure_is_told_is_not_counted_twice(memory: Memory) -> None:
+    dataplane = IptablesDataplane(Family.IPV4)
+    memory.poison, memory.reason = "10.96.0.7", "a lock is held"
+    with pytest.raises(DataplaneError):
+        dataplane.sync(TABLE)
+    memory.reason = "something is wrong"
+    refused = dataplane.sync(TABLE)
+    assert refused.refused
+    assert 0 < refused.failed_restores == memory.failures - 1
+    assert not refused.failed_partial_restores
+
+
+def test_waiting_for_the_lock_is_told_once(memory: Memory) -> None:
+    dataplane = IptablesDataplane(Family.IPV4)
+    memory.waited = "waited 2.0 s for the xtables lock, which iptables (process 7) held"
+    assert memory.waited in dataplane.sync(TABLE).notes
+    assert dataplane.apply(Delta(removed=frozenset({web(3)}))).notes == (memory.waited,)
+    memory.waited = ""
+    assert not dataplane.apply(Delta(removed=frozenset({web(4)}))).notes
+
+
+def test_other_health_checks_are_written_without_the_services(memory: Memory) -> None:
+    """IPT-19."""
+    dataplane = IptablesDataplane(Family.IPV4)
+    dataplane.sync(TABLE)
+    facts = msgspec.structs.replace(TABLE.node, health_check_ports=frozenset({32000, 32001}))
+    applied = dataplane.apply(Delta(node=facts))
+    assert applied.operations == 2
+    assert "-A SLUICE-A -p tcp -m tcp --dport 32000 -j ACCEPT" in memory.saved()
+    assert dataplane.read() == msgspec.structs.replace(TABLE, node=facts)
+    dataplane.apply(Delta(node=msgspec.structs.replace(facts, masquerade_all=True)))
+    table = dataplane.read()
+    assert table is not None
+    assert table.node == msgspec.structs.replace(facts, masquerade_all=True)
+    assert table.routes == TABLE.routes
