@@ -149,16 +149,17 @@ def node_facts(
 
     What modes mean differently stands in them: in nftables mode closed ports are refused, unallocated ClusterIPs are
     dropped, node ports are on the node's primary addresses and never on loopback; every other mode means what iptables
-    mode means (DESIGN 4.10).
+    mode means (DESIGN 4.10).  Userspace mode knows the networks of ClusterIPs too: it makes them addresses of the node.
     """
     nftables = settings.behaviour == "nftables"
+    relayed = settings.mode == "userspace"
     ips = node_ips(node, settings.node_ip_override, interfaces if standalone else None)
     setting = settings.node_port_addresses or ((PRIMARY,) if nftables else ())
     told = [text for each in service_cidrs for text in each.spec.cidrs]
     facts = {}
     for family in Family:
         networks: Iterable[Prefix] = ()
-        if nftables:
+        if nftables or relayed:
             networks = _prefixes(told, family) if told else _of_family(settings.service_cidrs, family)
         facts[family] = NodeFacts(
             mark=settings.masquerade_mark,
@@ -173,6 +174,7 @@ def node_facts(
             ),
             reject_closed_ports=nftables,
             service_cidrs=merge_prefixes(networks),
+            relayed=relayed,
         )
     return facts
 

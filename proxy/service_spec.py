@@ -10,11 +10,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from proxy.addresses import lenient_address, lenient_prefix
-from proxy.objects import PROXY_NAME_LABEL, STALE_TCP_ANNOTATION, Service, ServicePort
-from rules.forwarding import Address, Family, Prefix, family_of, merge_prefixes
+from proxy.objects import (
+    PROXY_NAME_LABEL,
+    PROXY_PROTOCOL_ANNOTATION,
+    SCHEDULER_ANNOTATION,
+    STALE_TCP_ANNOTATION,
+    Service,
+    ServicePort,
+)
+from rules.forwarding import SCHEDULERS, Address, Family, Prefix, family_of, merge_prefixes
 
 _DEFAULT_AFFINITY = 10800
 _LONGEST_AFFINITY = 86400
+_BY_CHANCE = "random"
+"""The scheduler that everybody has who asks for none."""
 
 
 class Exposure(NamedTuple):
@@ -29,6 +38,10 @@ class Exposure(NamedTuple):
     affinity: int
     forget_unanswered: bool
     """Whether TCP connections to an endpoint that is gone are forgotten as long as nobody has answered them."""
+    scheduler: str = ""
+    """One of `SCHEDULERS`; empty: chance."""
+    proxy_protocol: bool = False
+    """Whether backends of TCP ports are sent a header of the PROXY protocol."""
 
     def accessible(self, port: ServicePort) -> bool:
         """Whether anything but ClusterIP leads to the service port (SEL-2)."""
@@ -59,7 +72,9 @@ def exposure_of(
         internal_local=spec.internal_traffic_policy == "Local",  # SVC-12
         external_local=spec.external_traffic_policy == "Local" and exposed,  # SVC-11
         affinity=_affinity(service, problems),
-        forget_unanswered=_forget_unanswered(service, problems),
+        forget_unanswered=_asks(service, STALE_TCP_ANNOTATION, "delete-unanswered", problems),
+        scheduler=_scheduler(service, problems),
+        proxy_protocol=_asks(service, PROXY_PROTOCOL_ANNOTATION, "v2", problems),
     )
 
 
@@ -160,8 +175,19 @@ def _affinity(service: Service, problems: list[str]) -> int:
     return _DEFAULT_AFFINITY
 
 
-def _forget_unanswered(service: Service, problems: list[str]) -> bool:
-    value = service.metadata.annotations.get(STALE_TCP_ANNOTATION, "")
-    if value not in ("", "delete-unanswered"):
-        problems.append(f"annotation {STALE_TCP_ANNOTATION}: {value!r} is not delete-unanswered")
-    return value == "delete-unanswered"
+def _asks(service: Service, annotation: str, word: str, problems: list[str]) -> bool:
+    """Whether an annotation says the one word that it can."""
+    value = service.metadata.annotations.get(annotation, "")
+    if value not in ("", word):
+        problems.append(f"annotation {annotation}: {value!r} is not {word}")
+    return value == word
+
+
+def _scheduler(service: Service, problems: list[str]) -> str:
+    value = service.metadata.annotations.get(SCHEDULER_ANNOTATION, "")
+    if value in SCHEDULERS:
+        return value
+    if value not in ("", _BY_CHANCE):
+        known = ", ".join([_BY_CHANCE, *sorted(SCHEDULERS)])
+        problems.append(f"annotation {SCHEDULER_ANNOTATION}: {value!r} is none of {known}; {_BY_CHANCE} is used")
+    return ""

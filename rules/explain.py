@@ -52,6 +52,7 @@ from rules.forwarding import (
     InputInterface,
     Kind,
     Prefix,
+    Protocol,
     Refusal,
     Route,
     SourcePrefix,
@@ -59,6 +60,12 @@ from rules.forwarding import (
 )
 from rules.near_misses import near_misses
 from rules.node_ports import answers_node_ports, is_loopback
+
+_KEPT = "The source address is kept"
+_MASQUERADED = "The source address is replaced by the node's (masquerade)"
+_RELAYED = "A proxy on this node takes the connection and makes one of its own: the backend sees the node's address"
+_LOCAL = "External traffic policy Local"
+_SCHEDULERS = {"": "at random", "round-robin": "in turn", "least-connections": "by its connections, the fewest first"}
 
 
 def explain(table: ForwardingTable, packet: Packet, local_addresses: AbstractSet[Address]) -> Explanation:
@@ -148,7 +155,7 @@ class _Walk:
         else:
             who = format_address(source) if source is not None else "A pod's address"
             pods = "; pods are no exception" if is_pod else ""
-            words = f"{who} is in none of the source ranges {shown}, so it is dropped{pods}"
+            words = f"{who} is in none of the source ranges {shown}: the packet is dropped{pods}"
             self._tell(StepKind.SOURCE_RANGES, words, "TRF-19" if is_pod else "TRF-17", frontend, route)
             return False
         self._tell(StepKind.SOURCE_RANGES, words, "TRF-17", frontend, route)
@@ -185,33 +192,33 @@ class _Walk:
         """The end of a packet that finds a backend."""
         local_list, masquerade, why = False, False, ("", "")
         if route.kind is Kind.CLUSTER_IP:
-            words, clause = "A ClusterIP gives all clients the same backends", "TRF-2"
+            words, clause = "A ClusterIP offers all clients the same backends", "TRF-2"
             masquerade, why = self._masquerade_cluster_ip()
         elif not route.policy_local:
-            words, clause = "External policy Cluster gives everybody the backends of all nodes", "TRF-2"
-            masquerade, why = True, ("The source is masqueraded, so that answers come back this way", "TRF-5")
+            words, clause = "External traffic policy Cluster offers everybody the backends of all nodes", "TRF-2"
+            masquerade, why = True, (f"{_MASQUERADED}, so that answers come back this way", "TRF-5")
         elif self._origin is Origin.LOCAL_POD:
-            words, clause = (
-                "External policy Local concerns outsiders: a local pod gets the backends of all nodes",
-                "TRF-4",
-            )
-            why = "The source is kept: a local pod", "TRF-8"
+            words, clause = f"{_LOCAL} concerns outsiders: a local pod is offered the backends of all nodes", "TRF-4"
+            why = f"{_KEPT}: the client is a local pod", "TRF-8"
         elif self._origin is Origin.NODE:
-            words, clause = "External policy Local concerns outsiders: the node gets the backends of all nodes", "TRF-4"
-            masquerade, why = True, ("The source is masqueraded: the node itself", "TRF-4")
+            words, clause = f"{_LOCAL} concerns outsiders: the node is offered the backends of all nodes", "TRF-4"
+            masquerade, why = True, (f"{_MASQUERADED}: the client is the node itself", "TRF-4")
         else:
-            words, clause = "External policy Local gives outsiders the backends on this node only", "TRF-4"
-            local_list, why = True, ("The source is kept: external policy Local", "TRF-8")
+            words, clause = f"{_LOCAL} offers outsiders the backends on this node only", "TRF-4"
+            local_list, why = True, (f"{_KEPT}, as external traffic policy Local promises", "TRF-8")
         self._tell(StepKind.POLICY, words, clause, frontend, route)
         chosen = sorted((route.local_backends or ()) if local_list else route.backends)
         if not chosen:
             return None
         count = len(chosen)
-        words = f"One of {count} backends is chosen at random" if count > 1 else f"The only backend is {chosen[0]}"
+        how = _SCHEDULERS.get(route.scheduler, f"by the scheduler {route.scheduler}")
+        words = f"One of {count} backends is chosen {how}" if count > 1 else f"The only backend is {chosen[0]}"
         self._tell(StepKind.BALANCE, words, "TRF-3", frontend, route)
         if route.affinity:
             words = f"A client that comes again within {route.affinity} s gets the backend that it had"
             self._tell(StepKind.AFFINITY, words, "TRF-24", frontend, route)
+        if self._facts.relayed:
+            masquerade, why = True, (_RELAYED, "TRF-9")
         self._tell(StepKind.MASQUERADE, *why, frontend, route)
         shares = tuple(
             Share(backend=each, probability=1 / count, masqueraded=masquerade or self._is_hairpin(each))
@@ -219,18 +226,18 @@ class _Walk:
         )
         itself = [share.backend for share in shares if share.masqueraded and not masquerade]
         if itself:
-            words = f"But {listed(map(str, itself))} would reach itself, and is masqueraded then"
+            words = f"If the client gets itself ({listed(map(str, itself))}), the source address is replaced (hairpin)"
             self._tell(StepKind.HAIRPIN, words, "TRF-7", frontend, route)
         return self._end(Reaches(shares, route.affinity), frontend, route, local_list=local_list)
 
     def _masquerade_cluster_ip(self) -> tuple[bool, tuple[str, str]]:
         if self._facts.masquerade_all:
-            return True, ("The source is masqueraded: masqueradeAll is set on this node", "TRF-6")
+            return True, (f"{_MASQUERADED}: masqueradeAll is set on this node", "TRF-6")
         if self._facts.detector is None:
-            return False, ("The source is kept: without a way to tell pods apart, nobody's is rewritten", "TRF-6")
+            return False, (f"{_KEPT}: a node that cannot tell pods from others replaces nobody's", "TRF-6")
         if self._origin is Origin.LOCAL_POD:
-            return False, ("The source is kept: a local pod", "TRF-8")
-        return True, ("The source is masqueraded: it is no local pod, and answers must come back this way", "TRF-6")
+            return False, (f"{_KEPT}: the client is a local pod", "TRF-8")
+        return True, (f"{_MASQUERADED}: the client is no local pod, and answers must come back this way", "TRF-6")
 
     def _is_hairpin(self, backend: Backend) -> bool:
         endpoint = Endpoint(backend.address, self._packet.protocol, backend.port)
@@ -242,20 +249,21 @@ class _Walk:
             return self._end(Dropped(Why.LOOPBACK))
         local_list = bool(route.backends)
         if local_list:
-            why, words = Why.NO_LOCAL_ENDPOINTS, "None of the endpoints is on this node"
+            why, words = Why.NO_LOCAL_ENDPOINTS, "No endpoint that can serve is on this node"
         elif route.refusal is Refusal.DROP:
-            why, words = Why.NO_LOCAL_ENDPOINTS, "Endpoints exist, but the traffic policy admits none of them here"
+            why = Why.NO_LOCAL_ENDPOINTS
+            words = "Endpoints that can serve are on other nodes only, and traffic policy Local admits none of them"
         else:
-            why, words = Why.NO_ENDPOINTS, "There is no endpoint that could serve, on any node"
+            why, words = Why.NO_ENDPOINTS, "No endpoint of the Service can serve, on any node"
         if route.refusal is None:
             words += ", and no rule refuses the packet"
             self._tell(StepKind.REFUSAL, words, "SEL-11", frontend, route)
             return self._nowhere(found=True)
         outcome: Outcome
         if route.refusal is Refusal.REJECT:
-            outcome, words = Rejected(why), f"{words}: the client is told by ICMP port unreachable"
+            outcome, words = Rejected(why), f"{words}: {self._told_so()}"
         else:
-            outcome, words = Dropped(why), f"{words}: the packet is dropped in silence"
+            outcome, words = Dropped(why), f"{words}: the packet is dropped"
         self._tell(StepKind.REFUSAL, words, "SEL-11", frontend, route)
         return self._end(outcome, frontend, route, local_list=local_list)
 
@@ -269,6 +277,8 @@ class _Walk:
         if not found:
             near, uncovered = near_misses(self._table, packet, self._local_addresses)
             self._steps += near
+        if facts.relayed and (refused := self._refused_by_the_node()) is not None:
+            return refused
         # Refusals of ClusterIPs stand where packets leave the node, and not where it is addressed itself.
         leaves = self._sent_here or not self._is_local(packet.destination)
         is_cluster_ip = any(
@@ -279,21 +289,42 @@ class _Walk:
             port = f"{packet.port}/{packet.protocol.name}"
             words = f"{address} is a ClusterIP, and no Service answers at port {port} there"
             if facts.reject_closed_ports:
-                self._tell(StepKind.REFUSAL, f"{words}: the client is told by ICMP port unreachable", "NFT-20")
+                self._tell(StepKind.REFUSAL, f"{words}: the client is told so (ICMP port unreachable)", "NFT-20")
                 return self._end(Rejected(Why.CLOSED_PORT))
             self._tell(StepKind.REFUSAL, f"{words}: in this mode such packets are left alone", "TRF-13")
             return self._end(Untouched(Why.CLOSED_PORT))
         network = next((each for each in facts.service_cidrs if packet.destination in each), None)
         if leaves and network is not None:
-            words = f"No Service has the address {address}, which is in the service CIDR {network}: it is dropped"
+            words = f"No Service has the address {address}, which is in service CIDR {network}: the packet is dropped"
             self._tell(StepKind.REFUSAL, words, "NFT-20")
             return self._end(Dropped(Why.UNALLOCATED))
-        whose = ": the node's own programs get the packet" if self._is_local(packet.destination) else ""
+        whose = ": the packet is left to the node's own programs" if self._is_local(packet.destination) else ""
         if not found:
-            words = f"No frontend is {Frontend(packet.destination, packet.protocol, packet.port)}{whose}"
+            words = f"No Service answers at {Frontend(packet.destination, packet.protocol, packet.port)}{whose}"
             self._tell(StepKind.REFUSAL, words, "TRF-22" if whose else "TRF-1")
         why = Why.NO_ENDPOINTS if found else Why.NODE_PORT_ADDRESS if uncovered else Why.NO_FRONTEND
         return self._end(Untouched(why))
+
+    def _refused_by_the_node(self) -> Explanation | None:
+        """The end of a packet to a closed port of an address that a relaying node has made its own, if it is to one."""
+        packet = self._packet
+        if self._is_local(packet.destination):
+            return None
+        address = format_address(packet.destination)
+        if any(frontend.address == packet.destination for frontend in self._table.routes):
+            why, words = Why.CLOSED_PORT, f"no Service answers at port {packet.port}/{packet.protocol.name} there"
+        elif any(packet.destination in network for network in self._facts.service_cidrs):
+            why, words = Why.UNALLOCATED, "no Service has it"
+        else:
+            return None
+        words = f"{address} is an address of this node for its Services' sake, and {words}: {self._told_so()}"
+        self._tell(StepKind.REFUSAL, words, "TRF-13")
+        return self._end(Rejected(why))
+
+    def _told_so(self) -> str:
+        """How a client hears that it is refused."""
+        is_reset = self._facts.relayed and self._packet.protocol is Protocol.TCP
+        return f"the client is told so ({'TCP reset' if is_reset else 'ICMP port unreachable'})"
 
     def _guarded(self) -> bool:
         """Whether a packet to loopback is kept from those who are not there (IPT-14)."""

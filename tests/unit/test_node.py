@@ -221,9 +221,12 @@ def test_nftables_mode_brings_its_own_facts() -> None:
 
 @pytest.mark.parametrize("mode", ["", "iptables", "ipvs", "userspace"])
 def test_every_other_mode_means_iptables(mode: Any) -> None:
-    facts = node_facts(Settings(mode=mode), KNOWN, INTERFACES, [cidrs("172.30.0.0/16")])
-    for each in facts.values():
-        assert (each.node_port_addresses, each.reject_closed_ports, each.service_cidrs) == (None, False, ())
+    facts = node_facts(Settings(mode=mode), KNOWN, INTERFACES, [cidrs("172.30.0.0/16", "fd00:30::/112")])
+    for family, each in facts.items():
+        assert (each.node_port_addresses, each.reject_closed_ports) == (None, False)
+        # In userspace mode ClusterIPs are addresses of the node, network by network.
+        network = {V4: "172.30.0.0/16", V6: "fd00:30::/112"}[family]
+        assert each.service_cidrs == (networks(network) if mode == "userspace" else ())
     assert (facts[V4].loopback_node_ports, facts[V6].loopback_node_ports) == (True, False)
 
 
