@@ -24,7 +24,16 @@ from proxy.config.schema import (
     OWN_KIND,
     Field,
 )
-from proxy.config.values import Type, parse_bool, parse_duration, parse_float, parse_int, quoted
+from proxy.config.values import (
+    Type,
+    parse_bool,
+    parse_duration,
+    parse_float,
+    parse_flush,
+    parse_int,
+    parse_quantity,
+    quoted,
+)
 
 _LARGEST = 1 << 20
 
@@ -228,6 +237,10 @@ def _scalar(kind: Type, node: yaml.Node) -> Any:
         return _bool(node)
     if kind is Type.DURATION:
         return parse_duration(node.value)
+    if kind is Type.QUANTITY:
+        return parse_quantity(node.value)
+    if kind is Type.FLUSH:
+        return parse_flush(node.value) if node.style is None else parse_duration(node.value)
     if kind is Type.STRING:
         return node.value
     if node.style is not None:

@@ -10,7 +10,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from proxy.config.errors import ConfigError
-from proxy.config.schema import BY_PATH
+from proxy.config.schema import BY_PATH, DETECT_LOCAL_MODES, MODES
 from proxy.config.values import Type, render
 
 
@@ -27,6 +27,10 @@ class Flag(NamedTuple):
     with_config: bool = False
     """Whether it holds although a file is given (CFG-1)."""
     honoured: bool = True
+    deprecated: str = ""
+    """For a flag that kube-proxy deprecates: what to use in its place."""
+    words: tuple[str, ...] = ()
+    """What its value may be, where that is a few words."""
 
     @property
     def default(self) -> str:
@@ -36,13 +40,13 @@ class Flag(NamedTuple):
         return str(value).lower() if value else ""
 
 
-def _flag(name: str, path: str, text: str, *, with_config: bool = False) -> Flag:
+def _flag(name: str, path: str, text: str, *, with_config: bool = False, words: tuple[str, ...] = ()) -> Flag:
     field = BY_PATH[path]
-    return Flag(name, field.type, path, text, with_config=with_config, honoured=field.honoured)
+    return Flag(name, field.type, path, text, with_config=with_config, honoured=field.honoured, words=words)
 
 
-def _own(name: str, kind: Type, text: str, path: str = "") -> Flag:
-    return Flag(name, kind, path, text, own=True, with_config=True)
+def _own(name: str, kind: Type, text: str, path: str = "", *, words: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, kind, path, text, own=True, with_config=True, words=words)
 
 
 def _leftover(name: str) -> Flag:
@@ -60,16 +64,31 @@ FLAGS: tuple[Flag, ...] = (
     _own("manifests", Type.STRING, "directory or file of manifests, in place of an API server", "manifests"),
     _flag("kubeconfig", "clientConnection.kubeconfig", "how to reach the API server"),
     Flag("master", Type.STRING, help="URL of the API server, in place of the kubeconfig's", with_config=True),
-    _flag("proxy-mode", "mode", "nftables, iptables, ipvs, userspace; empty: what the node can run, as iptables"),
+    _flag(
+        "proxy-mode",
+        "mode",
+        "nftables, iptables, ipvs, userspace; empty: what the node can run, as iptables",
+        words=MODES,
+    ),
     _flag("hostname-override", "hostnameOverride", "name of this node, in place of the host's", with_config=True),
     _flag("cluster-cidr", "clusterCIDR", "the pods' networks, one of a family, separated by a comma"),
     _own("service-cidrs", Type.STRINGS, "networks of ClusterIPs, where no ServiceCIDR object tells", "serviceCIDRs"),
-    _flag("nodeport-addresses", "nodePortAddresses", "networks whose addresses answer node ports, or primary"),
+    _flag(
+        "nodeport-addresses",
+        "nodePortAddresses",
+        "networks whose addresses answer node ports, or primary",
+        words=("primary",),
+    ),
     _flag("bind-address", "bindAddress", "address of this node, in place of the Node object's"),
     _flag("healthz-bind-address", "healthzBindAddress", "where /healthz and /livez are served"),
     _flag("metrics-bind-address", "metricsBindAddress", "where /metrics and others are served"),
     _flag("bind-address-hard-fail", "bindAddressHardFail", "end when one of these two cannot be served"),
-    _flag("detect-local-mode", "detectLocalMode", "ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"),
+    _flag(
+        "detect-local-mode",
+        "detectLocalMode",
+        "ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix",
+        words=DETECT_LOCAL_MODES,
+    ),
     _flag("pod-bridge-interface", "detectLocal.bridgeInterface", "bridge of local pods (BridgeInterface)"),
     _flag("pod-interface-name-prefix", "detectLocal.interfaceNamePrefix", "how the names of their interfaces begin"),
     _flag("masquerade-all", "iptables.masqueradeAll", "masquerade every connection to a ClusterIP"),
@@ -102,9 +121,38 @@ FLAGS: tuple[Flag, ...] = (
     _flag("show-hidden-metrics-for-version", "showHiddenMetricsForVersion", "metrics hidden since a version"),
     _flag("oom-score-adj", "oomScoreAdj", "how readily the kernel kills the process for memory"),
     _flag("feature-gates", "featureGates", "Name=true,Name=false"),
-    Flag("healthz-port", Type.INT, help="deprecated: port of healthz-bind-address; 0: not served"),
-    Flag("metrics-port", Type.INT, help="deprecated: port of metrics-bind-address; 0: not served"),
-    _own("drift-policy", Type.STRING, "repair what others do to our rules, or only report it", "driftPolicy"),
+    Flag(
+        "healthz-port",
+        Type.INT,
+        help="port of healthz-bind-address; 0: not served (deprecated)",
+        deprecated="use --healthz-bind-address",
+    ),
+    Flag(
+        "metrics-port",
+        Type.INT,
+        help="port of metrics-bind-address; 0: not served (deprecated)",
+        deprecated="use --metrics-bind-address",
+    ),
+    _own(
+        "drift-policy",
+        Type.STRING,
+        "repair what others do to our rules, or only report it",
+        "driftPolicy",
+        words=("repair", "report"),
+    ),
+    _own(
+        "iptables-backend",
+        Type.STRING,
+        "legacy or nft; empty: the one in use on the node",
+        "iptablesBackend",
+        words=("legacy", "nft"),
+    ),
+    _own(
+        "remove-kube-proxy-rules",
+        Type.BOOL,
+        "remove what kube-proxy has left once our own rules are in place [true]; with --cleanup too [false]",
+        "removeKubeProxyRules",
+    ),
     _own("run-directory", Type.STRING, "where the agent's socket is", "runDirectory"),
     _own("strict-config", Type.BOOL, "refuse unknown fields of the file instead of warning about them"),
     _own("takeover", Type.BOOL, "wait until another agent of this network namespace has gone"),
@@ -115,7 +163,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("init-only", Type.BOOL, help="end where privileged preparations would be done", with_config=True),
     Flag("version", Type.STRING, help="print the version, and end", with_config=True),
     _flag("v", "logging.verbosity", "verbosity of the log: 4 and above adds every event", with_config=True),
-    _flag("logging-format", "logging.format", "text or json", with_config=True),
+    _flag("logging-format", "logging.format", "text or json", with_config=True, words=("text", "json")),
     _flag("vmodule", "logging.vmodule", "verbosity by source file", with_config=True),
     _flag("log-flush-frequency", "logging.flushFrequency", "time between flushes of the log", with_config=True),
     _flag("log-text-split-stream", "logging.options.text.splitStream", "errors to another stream", with_config=True),
@@ -125,6 +173,11 @@ FLAGS: tuple[Flag, ...] = (
     _leftover("boot-id-file"),
     _leftover("machine-id-file"),
 )
+
+ACTIONS = frozenset(("cleanup", "init-only", "takeover", "version", "write-config-to"))
+"""Flags that say what to do rather than how to be configured."""
+PATHS = frozenset(("config", "kubeconfig", "manifests", "run-directory", "write-config-to"))
+"""Flags whose value is a file or a directory."""
 
 BY_NAME: Mapping[str, Flag] = {flag.name: flag for flag in FLAGS}
 

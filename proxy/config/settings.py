@@ -15,6 +15,7 @@ from rules.forwarding import Address, Family, Prefix, parse_address
 
 Mode = Literal["", "nftables", "iptables", "ipvs", "userspace"]
 DetectLocalMode = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
+IptablesBackend = Literal["", "legacy", "nft"]
 LogFormat = Literal["text", "json"]
 DriftPolicy = Literal["repair", "report"]
 
@@ -32,6 +33,37 @@ class HostPort(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class ConntrackLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the node's connection tracking is set to (CT-8); 0 leaves what the kernel has.  Times in seconds."""
+
+    max_per_core: int = 32768
+    minimum: int = 131072
+    tcp_established_timeout: float = 86400.0
+    tcp_close_wait_timeout: float = 3600.0
+    tcp_be_liberal: bool = False
+    udp_timeout: float = 0.0
+    udp_stream_timeout: float = 0.0
+
+
+class UserspaceLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """How mode userspace carries traffic.  Times in seconds."""
+
+    workers: int = 0
+    """Processes; 0: one per core."""
+    drain: float = 30.0
+    """How long flows may go on after their worker is told to end."""
+    connect_timeout: float = 5.0
+    """For a backend to accept a connection."""
+    tcp_idle_timeout: float = 0.0
+    """After which a connection without traffic is closed; 0: never."""
+    udp_idle_timeout: float = 30.0
+    """After which a flow that was not answered is forgotten."""
+    udp_stream_timeout: float = 180.0
+    """After which one that was answered is."""
+    max_udp_flows: int = 65536
+    """In one worker; with more, the one that was idle for longest goes."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +89,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     service_cidrs: tuple[Prefix, ...] = ()
     """Networks of ClusterIPs where no ServiceCIDR objects tell them (DESIGN 4.13)."""
 
+    iptables_backend: IptablesBackend = ""
+    """Which iptables programs write the rules of mode iptables; empty: those in use on the node."""
+    userspace: UserspaceLimits = UserspaceLimits()
+
     # --- where objects come from ---
 
     hostname_override: str = ""
@@ -69,6 +105,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The API server's URL, in place of the one in the kubeconfig."""
     config_sync_period: float = 900.0
 
+    config: str = ""
+    """The configuration file, which is watched; empty: none."""
+
     # --- the loop ---
 
     sync_period: float = 30.0
@@ -78,6 +117,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     drift_policy: DriftPolicy = "repair"
     """What becomes of rules of ours that another process has changed (DESIGN 4.2)."""
+
+    remove_kube_proxy_rules: bool = True
+    """Whether rules that kube-proxy has left go once ours are in place."""
 
     # --- what is served ---
 
@@ -89,15 +131,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind_address_hard_fail: bool = False
     """Whether a server that cannot listen ends the agent (CFG-55); otherwise it tries again every 5 s."""
 
-    # --- the process ---
+    # --- the process, and the node that it runs on ---
 
+    conntrack: ConntrackLimits = ConntrackLimits()
+    oom_score_adj: int = -999
+    """How readily the kernel ends the process for memory: from -1000, never, to 1000."""
+    enable_profiling: bool = False
+    """Whether the metrics server has profiles too (HTTP-1)."""
     log_format: LogFormat = "text"
     verbosity: int = 0
     strict_config: bool = False
     takeover: bool = False
     """Wait for another agent of this network namespace to go, instead of giving up (DESIGN 4.11)."""
     feature_gates: Mapping[str, bool] = {}
-    """Gates that were set, by name."""
+    """Those of kube-proxy's own gates, by name, if any gate was set; others have their defaults."""
 
     # --- what is told about itself ---
 

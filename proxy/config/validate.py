@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from proxy.addresses import lenient_address, lenient_prefix
-from proxy.config.schema import GATES
+from proxy.config.gates import GATES, enabled
+from proxy.config.schema import DETECT_LOCAL_MODES, MODES, PREVIOUS_MINOR
 from proxy.config.settings import PRIMARY, HostPort
 from proxy.config.values import format_duration, quoted
 from rules.forwarding import format_address
 
-MODES = ("iptables", "ipvs", "nftables", "userspace")
-DETECT_LOCAL_MODES = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
+_WORDS = {"driftPolicy": ("repair", "report"), "iptablesBackend": ("legacy", "nft", "")}
+MOST_WORKERS = 1024
 
 
 class Problem(NamedTuple):
@@ -25,10 +26,12 @@ class Problem(NamedTuple):
 Values = Mapping[str, Any]
 
 
-def check(values: Values, *, sync_path: str, min_sync_path: str) -> Iterator[Problem]:
-    """Everything that is wrong with completed values; the two paths are those of the periods that hold (CFG-13)."""
-    for each in (_check_modes, _check_numbers, _check_addresses, _check_detector, _check_gates):
+def check(values: Values, *, section: str) -> Iterator[Problem]:
+    """Everything that is wrong with completed values; `section` is that of the periods that hold (CFG-13)."""
+    for each in (_check_modes, _check_own, _check_numbers, _check_logging, _check_addresses, _check_detector):
         yield from each(values)
+    yield from _check_locked_gates(values)
+    sync_path, min_sync_path = f"{section}.syncPeriod", f"{section}.minSyncPeriod"
     sync, least = values[sync_path], values[min_sync_path]
     if least < 0:
         yield Problem(min_sync_path, f"{format_duration(least)}: must be greater than or equal to 0")
@@ -48,14 +51,29 @@ def _check_modes(values: Values) -> Iterator[Problem]:
             f"{quoted(values['mode'])}: must be iptables, ipvs, nftables, userspace or blank "
             "(blank means what the node can run, with the defaults of iptables)",
         )
-    if values["logging.format"] not in {"text", "json"}:
-        yield Problem("logging.format", f"{quoted(values['logging.format'])}: must be text or json")
-    if values["driftPolicy"] not in {"repair", "report"}:
-        yield Problem("driftPolicy", f"{quoted(values['driftPolicy'])}: must be repair or report")
-    if not values["runDirectory"].startswith("/"):
-        yield Problem("runDirectory", f"{quoted(values['runDirectory'])}: must be an absolute path")
     if values["hostnameOverride"] and not values["hostnameOverride"].strip():
         yield Problem("hostnameOverride", "empty hostname-override is invalid")
+    if values["showHiddenMetricsForVersion"] not in {"", PREVIOUS_MINOR}:
+        shown = quoted(values["showHiddenMetricsForVersion"])
+        yield Problem("showHiddenMetricsForVersion", f"{shown}: must be {PREVIOUS_MINOR}, the previous minor, or blank")
+
+
+def _check_own(values: Values) -> Iterator[Problem]:
+    for path, words in _WORDS.items():
+        if values[path] not in words:
+            yield Problem(path, f"{quoted(values[path])}: must be {' or '.join(each or 'blank' for each in words)}")
+    if not values["runDirectory"].startswith("/"):
+        yield Problem("runDirectory", f"{quoted(values['runDirectory'])}: must be an absolute path")
+    if not 0 <= values["userspace.workers"] <= MOST_WORKERS:
+        yield Problem(
+            "userspace.workers", f"{values['userspace.workers']}: must be within the range [0, {MOST_WORKERS}]"
+        )
+    for path in ("drain", "connectTimeout", "tcpIdleTimeout", "udpIdleTimeout", "udpStreamTimeout"):
+        if values[f"userspace.{path}"] < 0:
+            shown = format_duration(values[f"userspace.{path}"])
+            yield Problem(f"userspace.{path}", f"{shown}: must be greater than or equal to 0")
+    if values["userspace.maxUDPFlows"] < 1:
+        yield Problem("userspace.maxUDPFlows", f"{values['userspace.maxUDPFlows']}: must be greater than 0")
 
 
 def _check_numbers(values: Values) -> Iterator[Problem]:
@@ -74,6 +92,27 @@ def _check_numbers(values: Values) -> Iterator[Problem]:
     for path in timeouts:
         if values[path] < 0:
             yield Problem(path, f"{format_duration(values[path])}: must be greater than or equal to 0")
+
+
+def _check_logging(values: Values) -> Iterator[Problem]:
+    """What kube-proxy's logging library checks."""
+    gates, log_format = values["featureGates"], values["logging.format"]
+    if log_format not in {"text", "json"}:
+        yield Problem("logging.format", f"{quoted(log_format)}: must be text or json")
+    if log_format == "json" and not enabled(gates, "LoggingBetaOptions"):
+        yield Problem("logging.format", "json needs the feature gate LoggingBetaOptions")
+    if values["logging.vmodule"] and log_format == "json":
+        yield Problem("logging.vmodule", "only supported for text log format")
+    for index, (pattern, verbosity) in enumerate(values["logging.vmodule"]):
+        if not pattern or set(pattern) & set("=,"):
+            message = f"{quoted(pattern)}: a file pattern must not be empty, nor contain an equal sign or comma"
+            yield Problem(f"logging.vmodule[{index}]", message)
+        if verbosity < 0:
+            yield Problem(f"logging.vmodule[{index}]", f"{verbosity}: must be greater than or equal to 0")
+    if not enabled(gates, "LoggingAlphaOptions"):
+        for path, value in values.items():
+            if path.startswith("logging.options.") and value not in {False, "0"}:
+                yield Problem(path, "needs the feature gate LoggingAlphaOptions")
 
 
 def _check_addresses(values: Values) -> Iterator[Problem]:
@@ -126,7 +165,7 @@ def _check_detector(values: Values) -> Iterator[Problem]:
                 yield Problem("clusterCIDR", f"{quoted(values['clusterCIDR'])}: {message}")
 
 
-def _check_gates(values: Values) -> Iterator[Problem]:
+def _check_locked_gates(values: Values) -> Iterator[Problem]:
     for name, value in values["featureGates"].items():
         gate = GATES.get(name)
         if gate is not None and gate.locked and value != gate.default:

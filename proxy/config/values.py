@@ -23,6 +23,9 @@ _UNITS = {
     "h": 3_600_000_000_000,
 }
 _PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(0[xob])?[0-9a-f_]+", re.ASCII | re.IGNORECASE)
+_REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_QUANTITY = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(|[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)", re.ASCII)
 _LONGEST_DURATION = (1 << 63) - 1
 _INT32 = 1 << 31
 _LONGEST_NUMBER = 40
@@ -41,6 +44,8 @@ class Type(enum.Enum):
     INT = "a whole number"
     FLOAT = "a number"
     DURATION = "a duration such as 30s or 1h30m"
+    FLUSH = "a duration such as 30s, or nanoseconds"
+    QUANTITY = "a quantity such as 512 or 64Ki"
     STRINGS = "a list of strings"
     GATES = "a map of feature gates to true or false"
     VMODULE = "a list of file patterns with a verbosity"
@@ -105,16 +110,33 @@ def parse_bool(text: str, *, yaml: bool = False) -> bool:
     raise ValueError(f"{quoted(text)} is not true or false")
 
 
+def parse_flush(text: str) -> int:
+    """A duration, or a plain number of nanoseconds, as nanoseconds.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    digits = text[1:] if text[:1] in {"+", "-"} else text
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= _LONGEST_NUMBER):
+        return parse_duration(text)
+    value = int(text)
+    if abs(value) > _LONGEST_DURATION:
+        raise ValueError(f"{quoted(text)} is too long a duration")
+    return value
+
+
 def parse_int(text: str) -> int:
-    """A whole number of 32 bits, in decimal or with one of the prefixes 0x, 0o, 0b.
+    """A whole number of 32 bits as Go reads it: in decimal, or behind 0x, 0o, 0b, or 0 for octal.
 
     Raises:
         ValueError: it is none, or out of range.
     """
     try:
-        if len(text) > _LONGEST_NUMBER:
+        if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text):
             raise ValueError  # noqa: TRY301  # the same answer as for any other text that is no number
-        value = int(text, 0)
+        digits = text.lstrip("+-")
+        octal = len(digits) > 1 and digits[0] == "0" and digits[1].isdecimal()
+        value = int(text, 8 if octal else 0)
     except ValueError:
         raise ValueError(f"{quoted(text)} is not a whole number") from None
     if not -_INT32 <= value < _INT32:
@@ -128,13 +150,22 @@ def parse_float(text: str) -> float:
     Raises:
         ValueError: it is none.
     """
-    try:
-        value = float(text) if len(text) <= _LONGEST_NUMBER else float("nan")
-    except ValueError:
-        value = float("nan")
+    value = float(text) if len(text) <= _LONGEST_NUMBER and _REAL.fullmatch(text) else float("nan")
     if value - value != 0:  # infinities and not-a-number
         raise ValueError(f"{quoted(text)} is not a number")
     return value
+
+
+def parse_quantity(text: str) -> str:
+    """A quantity of Kubernetes (`64Ki`), which stays text; one of nothing is `0`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
+    if found is None:
+        raise ValueError(f"{quoted(text)} is not a quantity such as 512 or 64Ki")
+    return text if float(found[1]) else "0"
 
 
 def parse_vmodule(text: str) -> tuple[tuple[str, int], ...]:
@@ -167,8 +198,20 @@ def parse_gates(text: str) -> dict[str, bool]:
     return gates
 
 
-def _parse_strings(text: str) -> tuple[str, ...]:
-    return tuple(text.split(",")) if text else ()
+def parse_strings(text: str) -> tuple[str, ...]:
+    """The flag's `a,b`, where quotes may hold an item together as in CSV.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    if '"' not in text:
+        return tuple(text.split(",")) if text else ()
+    import csv  # noqa: PLC0415  # next to its one use, which is rare
+
+    try:
+        return tuple(next(csv.reader([text], strict=True)))
+    except (csv.Error, StopIteration):
+        raise ValueError(f"{quoted(text)} is not a list with commas") from None
 
 
 _FLAG_PARSERS: Mapping[Type, Callable[[str], Any]] = {
@@ -176,7 +219,9 @@ _FLAG_PARSERS: Mapping[Type, Callable[[str], Any]] = {
     Type.INT: parse_int,
     Type.FLOAT: parse_float,
     Type.DURATION: parse_duration,
-    Type.STRINGS: _parse_strings,
+    Type.FLUSH: parse_flush,
+    Type.QUANTITY: parse_quantity,
+    Type.STRINGS: parse_strings,
     Type.GATES: parse_gates,
     Type.VMODULE: parse_vmodule,
 }
@@ -195,7 +240,7 @@ def parse_flag(kind: Type, text: str) -> Any:
 def render(kind: Type, value: Any) -> Any:
     """A value as the v1alpha1 object holds it in JSON."""
     match kind:
-        case Type.DURATION:
+        case Type.DURATION | Type.FLUSH:
             return format_duration(value)
         case Type.FLOAT:
             return int(value) if value == int(value) else value

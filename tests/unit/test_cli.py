@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def agent(monkeypatch):
     """Stands in for the agent: keeps the settings that it was started with."""
     started = []
     module = types.ModuleType("proxy.agent")
-    module.main = lambda settings: started.append(settings) or 0
+    module.main = lambda settings, *_more: started.append(settings) or 0
+    monkeypatch.setattr("proxy.sources.credentials_reading.Reading", lambda *_arguments: None)
     monkeypatch.setitem(sys.modules, "proxy.agent", module)
     monkeypatch.setattr("proxy.agent", module, raising=False)
     return started
@@ -66,8 +68,11 @@ def test_render_needs_neither_network_nor_netlink(tmp_path):
 def test_help_lists_the_verbs_that_exist(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for verb in ("run", "demo", "render", "dump", "explain", "verify", "status", "cleanup", "version"):
+    for verb in cli.sluice.commands:
         assert f"\n  {verb} " in out
+    assert {"run", "demo", "render", "dump", "explain", "verify", "status", "config", "cleanup"} <= set(
+        cli.sluice.commands
+    )
 
 
 def test_cfg_2_the_help_of_run_has_every_flag(capsys):
@@ -89,13 +94,13 @@ def test_run_hands_the_settings_to_the_agent(agent, capfd):
 
 
 def test_run_ends_with_the_agents_code(monkeypatch, agent):
-    monkeypatch.setattr(sys.modules["proxy.agent"], "main", lambda _settings: 1)
+    monkeypatch.setattr(sys.modules["proxy.agent"], "main", lambda *_arguments: 1)
     assert cli.main(["run"]) == 1
 
 
 def test_run_tells_warnings_in_the_log(agent, capfd):
-    assert cli.main(["run", "--profiling", "--logging-format=json"]) == 0
-    assert '"event": "--profiling is not supported yet and has no effect"' in capfd.readouterr().err
+    assert cli.main(["run", "--kube-api-qps=7", "--logging-format=json"]) == 0
+    assert '"event": "--kube-api-qps is not supported yet and has no effect"' in capfd.readouterr().err
 
 
 def test_under_the_name_kube_proxy_it_is_run(agent, tmp_path):
@@ -104,6 +109,36 @@ def test_under_the_name_kube_proxy_it_is_run(agent, tmp_path):
     arguments = [f"--config={config}", "--hostname-override=Node1"]
     assert cli.main(arguments, name="/usr/local/bin/kube-proxy") == 0
     assert (agent[0].mode, agent[0].hostname_override) == ("iptables", "node1")
+
+
+def test_kubeadms_command_line_and_configmap_start_it_unchanged(agent, tmp_path, capfd):
+    # The command of the DaemonSet that kubeadm makes.
+    config_map = yaml.safe_load((ROOT / "tests/data/configmaps/kubeadm.yaml").read_text())
+    config = tmp_path / "config.conf"
+    config.write_text(config_map["data"]["config.conf"])
+    assert cli.main([f"--config={config}", "--hostname-override=n1"], name="/usr/local/bin/kube-proxy") == 0
+    assert (agent[0].kubeconfig, agent[0].config) == ("/var/lib/kube-proxy/kubeconfig.conf", str(config))
+    assert capfd.readouterr().err == ""
+
+
+def test_under_the_name_kube_proxy_help_and_mistakes_go_by_that_name(agent, capsys):
+    assert cli.main(["-h"], name="kube-proxy") == 0
+    assert capsys.readouterr().out.startswith("Usage: kube-proxy [OPTIONS]\n")
+    assert cli.main(["run", "--nope"], name="kube-proxy") == 1
+    assert capsys.readouterr().err.startswith("kube-proxy: No such option")
+    assert cli.main(["dump"], name="kube-proxy") == 1  # no verb of ours, but a positional argument (CFG-1)
+    assert capsys.readouterr().err.startswith("kube-proxy: Got unexpected extra argument (dump)")
+
+
+def test_a_link_by_the_name_kube_proxy_is_enough(tmp_path):
+    link = tmp_path / "kube-proxy"
+    link.symlink_to(Path(sys.executable).parent / "sluice")
+    written = tmp_path / "config.yaml"
+    ended = subprocess.run(
+        [link, "--proxy-mode", "ipvs", f"--write-config-to={written}"], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert yaml.safe_load(written.read_text())["mode"] == "ipvs"
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--version=raw"]])
@@ -123,7 +158,8 @@ def test_cfg_2_write_config_to_writes_what_loads_again(agent, tmp_path):
     assert len(agent) == 1
 
 
-def test_cfg_53_init_only_ends(agent, capfd):
+def test_cfg_53_init_only_ends(agent, capfd, monkeypatch):
+    monkeypatch.setattr("proxy.privileged.set_up", lambda _settings: ["--init-only tried it"])
     assert cli.main(["run", "--init-only"]) == 0
     assert agent == []
     assert "--init-only" in capfd.readouterr().err
@@ -131,7 +167,7 @@ def test_cfg_53_init_only_ends(agent, capfd):
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 1)])
 def test_cfg_52_run_cleanup_is_cleanup(monkeypatch, agent, code, expected):
-    monkeypatch.setattr("proxy.cleanup.main", lambda: code)
+    monkeypatch.setattr("proxy.cleanup.main", lambda _whose: code)
     assert cli.main(["run", "--cleanup"]) == expected
     assert agent == []
 
@@ -172,8 +208,39 @@ def test_cfg_20_every_mistake_of_a_file_is_a_line(capsys, tmp_path):
     assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [f"{config}:3", f"{config}:4"]
 
 
+def test_config_prints_the_effective_configuration_with_origins(capsys, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: nftables\n")
+    assert cli.main(["config", "--config", str(config), "--hostname-override=n1"]) == 0
+    out = capsys.readouterr().out
+    first, second = yaml.safe_load_all(out)
+    assert (first["mode"], first["nodePortAddresses"], second["driftPolicy"]) == ("nftables", ["primary"], "repair")
+    assert f"# file {config}:3\n" in out
+    assert "# flag --hostname-override\n" in out
+    assert cli.main(["config", "--config", str(config), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["origins"]["nodePortAddresses"] == {"kind": "mode", "where": "nftables"}
+
+
+def test_config_check_says_nothing_of_a_good_file_and_ends_with_1_for_a_bad_one(capsys, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmod: nftables\n")
+    assert cli.main(["config", "--check", f"--config={config}"]) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", f"sluice config: {config}:3: unknown field mod; did you mean mode?\n")
+    assert cli.main(["config", "--check", f"--config={config}", "--strict-config"]) == 1
+    assert capsys.readouterr().err == told.err
+    assert cli.main(["config", f"--config={config}", "--strict-config"]) == 2
+
+
+def test_cfg_2_write_config_to_has_our_own_settings_in_a_second_document(agent, tmp_path):
+    path = tmp_path / "out.yaml"
+    assert cli.main(["run", "--drift-policy=report", f"--write-config-to={path}"]) == 0
+    first, second = yaml.safe_load_all(path.read_text())
+    assert (first["kind"], second["driftPolicy"]) == ("KubeProxyConfiguration", "report")
+
+
 def test_an_internal_error_is_one_line_and_a_trace_on_request(monkeypatch, capsys, agent):
-    def broken(_settings):
+    def broken(*_arguments):
         raise KeyError("x\ny")
 
     monkeypatch.setattr(sys.modules["proxy.agent"], "main", broken)
@@ -185,7 +252,7 @@ def test_an_internal_error_is_one_line_and_a_trace_on_request(monkeypatch, capsy
 
 
 def test_c_is_no_mistake(monkeypatch, agent, capsys):
-    def interrupted(_settings):
+    def interrupted(*_arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["proxy.agent"], "main", interrupted)
@@ -232,7 +299,8 @@ def monkeypatch_module():
     """For generated arguments: whatever the agent is asked to do, it ends at once."""
     with pytest.MonkeyPatch.context() as patch:
         module = types.ModuleType("proxy.agent")
-        module.main = lambda _settings: 0
+        module.main = lambda *_arguments: 0
+        patch.setattr("proxy.sources.credentials_reading.Reading", lambda *_arguments: None)
         patch.setitem(sys.modules, "proxy.agent", module)
         patch.setattr("proxy.agent", module, raising=False)
         for verb in ("proxy.cleanup.main", "proxy.dump.main"):

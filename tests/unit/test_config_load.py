@@ -6,93 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import yaml
+from msgspec import structs
 
-from proxy.config import flags
 from proxy.config.document import parse
-from proxy.config.errors import ConfigError
 from proxy.config.load import load
 from proxy.config.schema import FIELDS, GROUP_VERSION, KIND, OWN_GROUP_VERSION, OWN_KIND
-from proxy.config.settings import HostPort, Settings
+from proxy.config.settings import ConntrackLimits, HostPort, Settings, UserspaceLimits
 from proxy.config.values import Type
 from rules.forwarding import Family, parse_prefix
 
 HEAD = f"apiVersion: {GROUP_VERSION}\nkind: {KIND}\n"
 OWN_HEAD = f"apiVersion: {OWN_GROUP_VERSION}\nkind: {OWN_KIND}\n"
-DATA = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2"
-
-# The ConfigMap that kubeadm writes.
-KUBEADM = (
-    HEAD
-    + """
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection:
-  acceptContentTypes: ""
-  burst: 0
-  contentType: ""
-  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-  qps: 0
-clusterCIDR: 10.244.0.0/16
-configSyncPeriod: 0s
-conntrack:
-  maxPerCore: null
-  min: null
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: null
-  tcpEstablishedTimeout: null
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
-detectLocal:
-  bridgeInterface: ""
-  interfaceNamePrefix: ""
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables:
-  localhostNodePorts: null
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-logging:
-  flushFrequency: 0
-  options:
-    json:
-      infoBufferSize: "0"
-    text:
-      infoBufferSize: "0"
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables:
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel:
-  enableDSR: false
-  forwardHealthCheckVip: false
-  networkName: ""
-  rootHnsEndpointName: ""
-  sourceVip: ""
-"""
-)
+DATA = Path(__file__).parents[1] / "data"
+RECORDED = DATA / "kube-proxy-v1.36.2"
 
 
 @pytest.fixture
@@ -115,27 +42,46 @@ def settings_of(path, *more):
 
 
 def test_cfg_11_without_file_and_flags_the_defaults_hold():
-    settings, warnings = load([])
+    settings, warnings, _ = load([])
     assert not warnings
     # Also the defaults that tests and the demo start from.
     assert settings == Settings(configz=settings.configz)
 
 
-def test_cfg_11_kubeadms_configmap_loads_without_a_word(file):
-    settings, warnings = load([("config", file(KUBEADM, head=""))])
+KUBEADM = Settings(
+    kubeconfig="/var/lib/kube-proxy/kubeconfig.conf",
+    cluster_cidrs=(parse_prefix("10.244.0.0/16"),),
+)
+CONFIG_MAPS = {
+    "kubeadm": KUBEADM,
+    "kind": structs.replace(KUBEADM, mode="iptables", conntrack=ConntrackLimits(max_per_core=0)),
+    "kind-rootless-ipv6": structs.replace(
+        KUBEADM,
+        mode="nftables",
+        cluster_cidrs=(parse_prefix("fd00:10:244::/56"),),
+        bind_address="::",
+        healthz_bind_address=HostPort("::", 10256),
+        metrics_bind_address=HostPort("::1", 10249),
+        node_port_addresses=("primary",),
+        conntrack=ConntrackLimits(max_per_core=0, tcp_established_timeout=0.0, tcp_close_wait_timeout=0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_MAPS)
+def test_cfg_11_configmaps_of_kubeadm_and_kind_load_without_a_word(name, file):
+    config_map = yaml.safe_load((DATA / "configmaps" / f"{name}.yaml").read_text())
+    path = file(config_map["data"]["config.conf"], head="")
+    settings, warnings, _ = load([("config", path)])
     assert warnings == ()
-    assert settings == Settings(
-        kubeconfig="/var/lib/kube-proxy/kubeconfig.conf",
-        cluster_cidrs=(parse_prefix("10.244.0.0/16"),),
-        configz=settings.configz,
-    )
+    assert structs.replace(settings, configz={}, feature_gates={}, config="") == CONFIG_MAPS[name]
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_http_1_configz_is_what_kube_proxy_answered_to_the_same_file(mode, file):
-    text = (DATA / "config.yaml").read_text().replace("<the mode in the file's name>", mode)
+    text = (RECORDED / "config.yaml").read_text().replace("<the mode in the file's name>", mode)
     text += "clientConnection: {kubeconfig: /var/lib/kube-proxy/kubeconfig}\n"  # what the recording was started with
-    recorded = (DATA / f"{mode}.configz.json").read_text()
+    recorded = (RECORDED / f"{mode}.configz.json").read_text()
     configz = load([("config", file(text, head=""))]).settings.configz
     assert json.dumps({"kubeproxy.config.k8s.io": configz}, separators=(",", ":")) == recorded
 
@@ -152,6 +98,8 @@ def test_cfg_11_every_field_is_known_by_name_and_type(file):
         Type.INT: "1",
         Type.FLOAT: "1.5",
         Type.DURATION: "24h",
+        Type.FLUSH: "5000000000",
+        Type.QUANTITY: "64Ki",
         Type.STRINGS: "[]",
         Type.GATES: "{AllAlpha: false}",
         Type.VMODULE: "[{filePattern: a, verbosity: 1}]",
@@ -290,8 +238,33 @@ def test_sluices_settings_may_stand_alone(file):
 
 
 def test_sluices_own_flags_hold_with_a_file(file):
-    found = load([("config", file("manifests: /m", head=OWN_HEAD)), ("manifests", "/other"), ("takeover", "true")])
-    assert (found.settings.manifests, found.settings.takeover, found.warnings) == ("/other", True, ())
+    more = [("manifests", "/other"), ("takeover", "true"), ("drift-policy", "report"), ("iptables-backend", "nft")]
+    settings, warnings, _ = load([("config", file("manifests: /m\niptablesBackend: legacy", head=OWN_HEAD)), *more])
+    assert (settings.manifests, settings.takeover, warnings) == ("/other", True, ())
+    assert (settings.drift_policy, settings.iptables_backend) == ("report", "nft")
+
+
+def test_settings_of_the_userspace_mode(file):
+    assert settings_of(file("driftPolicy: repair", head=OWN_HEAD)).userspace == UserspaceLimits()
+    text = """
+userspace:
+  workers: 3
+  drain: 0s
+  connectTimeout: 1s
+  tcpIdleTimeout: 0s
+  udpIdleTimeout: 5s
+  udpStreamTimeout: 1m
+  maxUDPFlows: 100
+"""
+    assert settings_of(file(text, head=OWN_HEAD)).userspace == UserspaceLimits(
+        workers=3,
+        drain=0.0,
+        connect_timeout=1.0,
+        tcp_idle_timeout=0.0,
+        udp_idle_timeout=5.0,
+        udp_stream_timeout=60.0,
+        max_udp_flows=100,
+    )
 
 
 # --- files and flags -------------------------------------------------------------------------------------------
@@ -316,54 +289,3 @@ def test_cfg_1_a_few_flags_win_over_the_file(file):
     assert (found.hostname_override, found.master, found.verbosity, found.log_format) == ("b", "https://m", 5, "text")
     patterns = [each["filePattern"] for each in found.configz["logging"]["vmodule"]]
     assert patterns == ["y", "x"]
-
-
-def test_cfg_2_lists_add_up_and_other_flags_take_the_last():
-    found = load(
-        [
-            ("nodeport-addresses", "10.0.0.0/8"),
-            ("nodeport-addresses", "fd00::/8,192.168.0.0/16"),
-            ("v", "1"),
-            ("v", "2"),
-        ]
-    )
-    assert found.settings.node_port_addresses == ("10.0.0.0/8", "fd00::/8", "192.168.0.0/16")
-    assert found.settings.verbosity == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "normal"),
-    [
-        (["--config", "x"], ["--config=x"]),
-        (["--config=x=y"], ["--config=x=y"]),
-        (["--hostname_override=a"], ["--hostname-override=a"]),
-        (["--masquerade-all", "--v", "2"], ["--masquerade-all=true", "--v=2"]),
-        (["--masquerade-all=false"], ["--masquerade-all=false"]),
-        (["-v=4"], ["--v=4"]),
-        (["-v4"], ["--v=4"]),
-        (["-v", "4"], ["--v=4"]),
-        (["--version"], ["--version=true"]),
-        (["--version=raw"], ["--version=raw"]),
-        (["--config="], ["--config="]),
-        (["--help", "pos", "-x"], ["--help", "pos", "-x"]),
-        (["-config", "x"], ["-config", "x"]),
-        (["--", "--config"], ["--", "--config"]),
-        (["--manifests", "--config"], ["--manifests=--config"]),
-    ],
-)
-def test_cfg_1_gos_spellings_become_one(arguments, normal):
-    assert flags.normalise(arguments) == normal
-
-
-def test_cfg_1_a_flag_without_its_value_is_named():
-    with pytest.raises(ConfigError, match="--config: needs a value"):
-        flags.normalise(["--config"])
-
-
-@given(st.lists(st.text(max_size=12) | st.sampled_from([f"--{name}" for name in flags.BY_NAME]), max_size=6))
-def test_normalising_twice_changes_nothing(arguments):
-    try:
-        once = flags.normalise(arguments)
-    except ConfigError:
-        return
-    assert flags.normalise(once) == once

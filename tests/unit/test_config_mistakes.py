@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from proxy.config import flags
 from proxy.config.document import parse
 from proxy.config.errors import ConfigError
+from proxy.config.gates import GATES
 from proxy.config.load import load
 from proxy.config.schema import BY_PATH, GROUP_VERSION, KIND
 
@@ -38,18 +41,19 @@ def problems_of(*given_flags):
 
 
 def test_fields_without_effect_are_named_once(file):
-    text = "oomScoreAdj: 3\nenableProfiling: true\nconntrack: {maxPerCore: 0, min: 7}\nclusterCIDR: 10.0.0.0/8\n"
+    text = "mode: ipvs\nclientConnection: {qps: 7}\nlogging: {vmodule: [{filePattern: a, verbosity: 9}]}\n"
+    text += "ipvs: {strictARP: true, excludeCIDRs: []}\nclusterCIDR: 10.0.0.0/8\n"
     path = file(text)
     expected = tuple(
         f"{path}:{line}: {name} is not supported yet and has no effect"
-        for line, name in ((3, "oomScoreAdj"), (4, "enableProfiling"), (5, "conntrack.min"))
+        for line, name in ((4, "clientConnection.qps"), (5, "logging.vmodule"), (6, "ipvs.strictARP"))
     )
     assert load([("config", path)]).warnings == expected
 
 
 def test_flags_without_effect_are_named():
-    assert load([("profiling", "true"), ("ipvs-scheduler", "rr")]).warnings == (
-        "--profiling is not supported yet and has no effect",
+    assert load([("kube-api-qps", "7"), ("ipvs-scheduler", "rr")]).warnings == (
+        "--kube-api-qps is not supported yet and has no effect",
     )
     ipvs = load([("proxy-mode", "ipvs"), ("ipvs-scheduler", "rr")])
     assert ipvs.warnings == ("--ipvs-scheduler is not supported yet and has no effect",)
@@ -80,16 +84,59 @@ def test_unknown_fields_are_refused_under_strict_config(file):
 
 def test_cfg_10_of_a_key_given_twice_the_last_holds(file):
     path = file("mode: iptables\nmode: nftables\n")
-    settings, warnings = load([("config", path)])
+    settings, warnings, _ = load([("config", path)])
     assert settings.mode == "nftables"
     assert warnings == (f"{path}:4: mode is given twice; the last one holds",)
 
 
-def test_unknown_gates_of_newer_clusters_do_not_stop_a_node(file):
+# --- feature gates (CFG-63) ------------------------------------------------------------------------------------
+
+
+def test_cfg_63_the_gates_are_those_that_kube_proxy_told():
+    told = {}
+    for line in (Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2" / "gates.txt").read_text().splitlines():
+        name, value, stage = line.split(" ")
+        told[name] = (value == "1", stage)
+    assert {name: (gate.default, gate.stage.value) for name, gate in GATES.items()} == told
+
+
+def test_cfg_20_unknown_gates_are_refused(file):
     path = file("featureGates: {BrandNew: true, ContextualLoging: false}")
-    unknown = f'{path}:3: featureGates: the feature gate "%s" is unknown here and has no effect'
+    unknown = f"{path}:3: featureGates: unrecognized feature gate: "
     hint = "; did you mean ContextualLogging?"
-    assert load([("config", path)]).warnings == (unknown % "BrandNew", unknown % "ContextualLoging" + hint)
+    assert problems_of(("config", path)) == (f'{unknown}"BrandNew"', f'{unknown}"ContextualLoging"{hint}')
+    assert problems_of(("feature-gates", "No=true")) == ('--feature-gates: unrecognized feature gate: "No"',)
+
+
+def test_gates_of_other_components_are_passed_over_in_silence(file):
+    settings, warnings, _ = load([("config", file("featureGates: {SELinuxMount: true, JobManagedBy: true}"))])
+    assert (warnings, settings.feature_gates.keys() & {"SELinuxMount", "JobManagedBy"}) == ((), set())
+
+
+def test_gates_of_the_next_version_are_told_and_passed_over(file):
+    path = file("featureGates: {KubeProxyIPVS: true}")
+    told = f"{path}:3: featureGates: the feature gate KubeProxyIPVS is newer than v1.36 and has no effect"
+    assert load([("config", path)]).warnings == (told,)
+
+
+def test_gates_that_are_not_obeyed_are_told_where_that_matters():
+    def told(text):
+        return load([("feature-gates", text)]).warnings
+
+    assert told("ContextualLogging=true,NativeHistograms=false") == ()
+    assert told("NativeHistograms=true") == (
+        "--feature-gates: the feature gate NativeHistograms is not supported yet and has no effect",
+    )
+
+
+def test_allalpha_and_allbeta_stand_for_those_that_are_not_named():
+    def gates(text):
+        found = load([("feature-gates", text)]).settings.feature_gates
+        return found["ComponentFlagz"], found["ComponentStatusz"], found["LoggingAlphaOptions"]
+
+    assert gates("AllAlpha=false") == (True, True, False)
+    assert gates("AllBeta=false,AllAlpha=true") == (False, False, True)
+    assert gates("AllBeta=false,ComponentFlagz=true") == (True, False, False)
 
 
 # --- mistakes (CFG-20) -----------------------------------------------------------------------------------------
@@ -103,6 +150,15 @@ def test_unknown_gates_of_newer_clusters_do_not_stop_a_node(file):
         ("iptables: {masqueradeBit: -1}", "3: iptables.masqueradeBit: -1: must be within the range [0, 31]"),
         ("mode: nftables\nnftables: {masqueradeBit: 32}", "4: nftables.masqueradeBit: 32: must be within"),
         ("oomScoreAdj: 1001", "3: oomScoreAdj: 1001: must be within the range [-1000, 1000]"),
+        ("oomScoreAdj: -1001", "3: oomScoreAdj: -1001: must be within the range [-1000, 1000]"),
+        ("conntrack: {maxPerCore: -1}", "3: conntrack.maxPerCore: -1: must be greater than or equal to 0"),
+        ("conntrack: {tcpEstablishedTimeout: -1s}", "conntrack.tcpEstablishedTimeout: -1s: must be greater than or"),
+        ("conntrack: {tcpCloseWaitTimeout: -1s}", "conntrack.tcpCloseWaitTimeout: -1s: must be greater than or equal"),
+        ("conntrack: {udpStreamTimeout: -1s}", "3: conntrack.udpStreamTimeout: -1s: must be greater than or equal to"),
+        ("mode: ipvs\nipvs: {tcpFinTimeout: -1s}", "4: ipvs.tcpFinTimeout: -1s: must be greater than or equal to 0"),
+        ("mode: ipvs\nipvs: {udpTimeout: -1s}", "4: ipvs.udpTimeout: -1s: must be greater than or equal to 0"),
+        ("mode: ipvs\nipvs: {syncPeriod: -1s}", "4: ipvs.syncPeriod: -1s: must be greater than 0"),
+        ("mode: nftables\nnftables: {syncPeriod: -1s}", "4: nftables.syncPeriod: -1s: must be greater than 0"),
         ("conntrack: {min: -1}", "3: conntrack.min: -1: must be greater than or equal to 0"),
         ("conntrack: {udpTimeout: -1s}", "3: conntrack.udpTimeout: -1s: must be greater than or equal to 0"),
         ("mode: ipvs\nipvs: {tcpTimeout: -1s}", "4: ipvs.tcpTimeout: -1s: must be greater than or equal to 0"),
@@ -128,8 +184,35 @@ def test_unknown_gates_of_newer_clusters_do_not_stop_a_node(file):
         ("clusterCIDR: 10.0.0.0/33", '3: clusterCIDR[0]: "10.0.0.0/33": must be a valid CIDR'),
         ("clusterCIDR: 10.0.0.0/8,11.0.0.0/8", "must be one CIDR, or one IPv4 and one IPv6 CIDR"),
         ("featureGates: {NFTablesProxyMode: false}", "3: featureGates.NFTablesProxyMode: cannot be false"),
+        ("featureGates: {MultiCIDRServiceAllocator: false}", "featureGates.MultiCIDRServiceAllocator: cannot be false"),
+        ("featureGates: {PreferSameTrafficDistribution: false}", "PreferSameTrafficDistribution: cannot be false"),
         ("hostnameOverride: '  '", "3: hostnameOverride: empty hostname-override is invalid"),
         ("logging: {format: xml}", '3: logging.format: "xml": must be text or json'),
+        (
+            "logging: {format: json}\nfeatureGates: {LoggingBetaOptions: false}",
+            "3: logging.format: json needs the feature gate LoggingBetaOptions",
+        ),
+        (
+            "logging: {format: json, vmodule: [{filePattern: a, verbosity: 1}]}",
+            "3: logging.vmodule: only supported for text log format",
+        ),
+        ("logging: {vmodule: [{verbosity: 1}]}", '3: logging.vmodule[0]: "": a file pattern must not be empty'),
+        ("logging: {vmodule: [{filePattern: a=b}]}", '3: logging.vmodule[0]: "a=b": a file pattern must not be empty'),
+        ("logging: {verbosity: -1}", "3: logging.verbosity: -1: must be greater than or equal to 0"),
+        ("logging: {flushFrequency: '5'}", '3: logging.flushFrequency: "5" is not a duration'),
+        (
+            "logging: {options: {text: {splitStream: true}}}",
+            "3: logging.options.text.splitStream: needs the feature gate LoggingAlphaOptions",
+        ),
+        (
+            "logging: {options: {json: {infoBufferSize: 64Ki}}}",
+            "3: logging.options.json.infoBufferSize: needs the feature gate LoggingAlphaOptions",
+        ),
+        (
+            "logging: {options: {json: {infoBufferSize: 64Kb}}}",
+            '3: logging.options.json.infoBufferSize: "64Kb" is not a quantity',
+        ),
+        ("showHiddenMetricsForVersion: '1.34'", '3: showHiddenMetricsForVersion: "1.34": must be 1.35, the previous'),
         # of another type
         ("mode: [nftables]", "3: mode: must be a string, not a list"),
         ("iptables: 5", "3: iptables: must be a section of fields"),
@@ -248,7 +331,7 @@ def test_any_configuration_loads_or_complains(tmp_path_factory, found, more):
     path = tmp_path_factory.getbasetemp() / "generated.yaml"
     path.write_text(yaml.safe_dump(found), encoding="utf-8")
     try:
-        _, lines = load([("config", str(path)), *(each for each in more if each[0] != "config")])
+        _, lines, _ = load([("config", str(path)), *(each for each in more if each[0] != "config")])
     except ConfigError as error:
         lines = error.problems
         assert lines
