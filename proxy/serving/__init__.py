@@ -5,8 +5,11 @@
     metrics.py      kube-proxy's metrics by its names, and ours                     /metrics             MET-*
     healthcheck.py  one small server per Service with a healthCheckNodePort                              HC-20 to HC-25
     observer.py     what the sync loops tell, to health and metrics
-    http.py         aiohttp behind a guard: few connections, none for long
+    pages.py        what is said of the program itself                              /statusz /flagz      HTTP-1
+    profiles.py     where its CPU time and its memory go                            /debug/pprof/        HTTP-1
+    http.py         the server under all of them: however many clients, a fixed share of the event loop
+    messages.py     HTTP requests and responses, as values
 
-The agent makes a `ProxyHealth`, a `Metrics` and an `Observer`, runs `serve` in its task group, and calls
+The agent makes a `Server`, a `ProxyHealth`, a `Metrics` and an `Observer`, runs `serve` in its task group, and calls
 `HealthCheckServers.sync` of each family after every sync of that family.
 """

@@ -20,13 +20,14 @@ from proxy.agent_socket import TableHead, TablePart, network_namespace
 from proxy.config.settings import Settings
 from proxy.desired import Desired
 from proxy.objects import Key
-from proxy.report import Contested, EndpointReport, FamilyReport, SourceReport, Status, Trouble, Unselected
+from proxy.report import Contested, EndpointReport, FamilyReport, SourceReport, Status, Trouble, Unselected, Unserved
 from proxy.service_spec import wants_rules
 from proxy.serving.agent_server import Answer, RefusedError
 from proxy.serving.health import ProxyHealth
 from proxy.sources.base import Source
 from proxy.state import State
 from proxy.sync import FamilySync
+from rules.dataplane import limits
 from rules.forwarding import Family
 
 ROUTES, OBJECTS, LOOKS = 500, 100, 5000
@@ -50,8 +51,10 @@ class Answers:
         desired: Desired,
         syncs: Sequence[FamilySync],
         health: ProxyHealth,
+        unserved: Sequence[Unserved] = (),
     ) -> None:
         self._settings = settings
+        self._unserved = tuple(unserved)
         self._node_name = node_name
         self._source = source
         self._state = state
@@ -60,6 +63,10 @@ class Answers:
         self._health = health
         self._started = time.monotonic()
         self._namespace = network_namespace()
+
+    def configured(self, settings: Settings) -> None:
+        """The configuration is another one."""
+        self._settings = settings
 
     def answer(self, verb: str, arguments: dict[str, str]) -> Answer:
         """The answer to a request; iterating over it may raise RefusedError."""
@@ -190,6 +197,7 @@ class Answers:
                     for each in self._desired.conflicts(family)
                 ),
                 unselected=tuple(unselected),
+                unserved=self._unserved,
                 notes=tuple(self._notes()),
             ),
         )
@@ -219,6 +227,9 @@ class Answers:
                 await asyncio.sleep(0)
 
     def _notes(self) -> Iterator[str]:
+        dataplanes = [sync.dataplane for sync in self._syncs.values()]
+        told = {limit: each.name for each in dataplanes for limit in limits(each.capabilities)}
+        yield from (f"{name}: {limit}" for limit, name in told.items())
         if self._state.synced and self._settings.behaviour == "nftables":
             unknown = [
                 family.label

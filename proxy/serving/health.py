@@ -8,6 +8,7 @@ so that setting the node's time makes nobody unhealthy.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -17,9 +18,6 @@ from rules.forwarding import Family
 
 _NEVER = "0001-01-01T00:00:00Z"
 """How Go prints a time that was never set."""
-
-HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
-"""Of every answer about health, as kube-proxy's (HC-1, HC-23)."""
 
 
 class Answer(NamedTuple):
@@ -61,6 +59,10 @@ class ProxyHealth:
         self._monotonic = monotonic
         self._families: dict[Family, _Family] = {}
         self._eligible = False
+
+    def set_timeout(self, seconds: float) -> None:
+        """Healthy while no sync waits for more than this."""
+        self._timeout = seconds
 
     def started(self, family: Family) -> None:
         """The family's sync loop runs: from now on the family counts (SYN-9)."""
@@ -125,6 +127,11 @@ def format_time(nanoseconds: int | None) -> str:
     if nanoseconds is None:
         return _NEVER
     seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    text = dt.datetime.fromtimestamp(seconds, tz=dt.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    text = _format_seconds(seconds)
     fraction = f"{rest:09}".rstrip("0")
     return f"{text}.{fraction}Z" if fraction else f"{text}Z"
+
+
+@functools.lru_cache(maxsize=16)  # an answer has four times, mostly of the same few seconds
+def _format_seconds(seconds: int) -> str:
+    return dt.datetime.fromtimestamp(seconds, tz=dt.UTC).strftime("%Y-%m-%dT%H:%M:%S")

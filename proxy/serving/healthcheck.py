@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 
-from aiohttp import web
-
 from proxy import logs
 from proxy.objects import Key
-from proxy.serving.health import HEADERS, Answer
-from proxy.serving.http import Handler, Listener, bind
+from proxy.serving.health import Answer
+from proxy.serving.http import Handler, Listener, Server, bind
+from proxy.serving.messages import Request, Response
+from proxy.serving.messages import json as json_response
 from rules.forwarding import Address, Family, format_address
 
 _log = logs.get_logger("sluice.serving")
@@ -22,6 +22,7 @@ _log = logs.get_logger("sluice.serving")
 _ANY = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104  # node ports are for anybody
 
 Report = Callable[[Key, str | None], None]
+Failed = Callable[[Key, int, str], None]
 
 
 class _Server:
@@ -30,8 +31,8 @@ class _Server:
     def __init__(self, port: int, count: int) -> None:
         self.port = port
         self.count = count
-        self.listener: Listener | None = None
-        """None: it could not be listened on."""
+        self.listeners: list[Listener] = []
+        """None of them: it could not be listened on."""
 
 
 class HealthCheckServers:
@@ -44,6 +45,8 @@ class HealthCheckServers:
         *,
         addresses: Iterable[Address] | None = None,
         report: Report | None = None,
+        failed: Failed | None = None,
+        server: Server | None = None,
     ) -> None:
         """Nothing is listened on before `sync`.
 
@@ -53,62 +56,67 @@ class HealthCheckServers:
             addresses: the addresses that answer node ports; None: all of the family.
             report: told of a Service whose port cannot be listened on, and why; with None, that this is over.
                 Without it failures are logged.
+            failed: told of each attempt to listen that fails: the Service, the port and the system's words (HC-21).
+            server: who serves the sockets, within its budget of time.
         """
         self._family = family
         self._healthy = healthy
         self._addresses = None if addresses is None else tuple(addresses)
         self._report = report or self._log_failure
+        self._failed = failed
+        self._server = server or Server()
         self._servers: dict[Key, _Server] = {}
 
     @property
     def ports(self) -> Mapping[Key, int]:
         """The ports that are listened on."""
-        return {key: server.port for key, server in self._servers.items() if server.listener is not None}
+        return {key: server.port for key, server in self._servers.items() if server.listeners}
 
-    async def set_addresses(self, addresses: Iterable[Address] | None) -> None:
+    def set_addresses(self, addresses: Iterable[Address] | None) -> None:
         """Listen on these addresses: what stands on others is closed, and opened anew by the next `sync`."""
         wanted = None if addresses is None else tuple(sorted(addresses))
         if wanted != self._addresses:
-            await self.close()
+            self.close()
             self._addresses = wanted
 
-    async def sync(self, wanted: Mapping[Key, tuple[int, int]]) -> None:
+    def sync(self, wanted: Mapping[Key, tuple[int, int]]) -> None:
         """Serve exactly these Services, each at a port and with a count of local ready endpoints (HC-21, HC-22)."""
         for key in [key for key, server in self._servers.items() if wanted.get(key, (0, 0))[0] != server.port]:
-            await self._close(key)
+            self._close(key)
         for key, (port, count) in wanted.items():
             server = self._servers.setdefault(key, _Server(port, count))
             server.count = count
-            if server.listener is None:
-                await self._open(key, server)
+            if not server.listeners:
+                self._open(key, server)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close them all."""
         for key in tuple(self._servers):
-            await self._close(key)
+            self._close(key)
 
-    async def _open(self, key: Key, server: _Server) -> None:
-        listener = Listener(self._handler(key, server))
+    def _open(self, key: Key, server: _Server) -> None:
+        handler = self._handler(key, server)
         hosts = [_ANY[self._family]] if self._addresses is None else map(format_address, self._addresses)
+        opened: list[Listener] = []
         try:
             for host in hosts:
-                await listener.listen(bind(host, server.port))
+                opened.append(self._server.listen(bind(host, server.port), handler))  # noqa: PERF401  # kept on failure
         except OSError as error:
-            await listener.close()
-            reason = f"cannot serve health checks on port {server.port}: {error.strerror or error}"
-            self._report(key, reason)
+            for listener in opened:
+                listener.close()
+            why = error.strerror or str(error)
+            self._report(key, f"cannot serve health checks on port {server.port}: {why}")
+            if self._failed is not None:
+                self._failed(key, server.port, why)
             return
-        except BaseException:
-            await listener.close()
-            raise
-        server.listener = listener
+        server.listeners = opened
         self._report(key, None)
 
-    async def _close(self, key: Key) -> None:
+    def _close(self, key: Key) -> None:
         server = self._servers.pop(key)
-        if server.listener is not None:
-            await server.listener.close()
-        else:
+        for listener in server.listeners:
+            listener.close()
+        if not server.listeners:
             self._report(key, None)
 
     def _log_failure(self, key: Key, reason: str | None) -> None:
@@ -116,10 +124,12 @@ class HealthCheckServers:
             _log.warning("health-check port", service=str(key), family=self._family.label, reason=reason)
 
     def _handler(self, key: Key, server: _Server) -> Handler:
-        async def handle(_request: web.BaseRequest) -> web.StreamResponse:
+        weight = "X-Load-Balancing-Endpoint-Weight"
+
+        def handle(_request: Request) -> Response:
             answer = check(key, server.count, healthy=self._healthy())
-            headers = {**HEADERS, "X-Load-Balancing-Endpoint-Weight": str(server.count)}
-            return web.Response(status=answer.status, body=answer.body, headers=headers)
+            response = json_response(answer.body, answer.status)
+            return response._replace(headers=(*response.headers, (weight, str(server.count))))
 
         return handle
 

@@ -23,7 +23,7 @@ class Observer:
     def started(self, family: Family) -> None:
         """The family's loop runs from now on (SYN-9, MET-18)."""
         self._health.started(family)
-        self._metrics.queued(family)
+        self._metrics.started(family)
 
     def succeeded(self, family: Family, seconds: float, applied: Applied) -> None:
         """A sync was applied."""

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-
-from aiohttp import web
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from proxy import logs
 from proxy.config.settings import HostPort, Settings
-from proxy.serving.health import HEADERS, Answer, ProxyHealth
-from proxy.serving.http import Handler, Listener, bind
+from proxy.serving import pages, profiles
+from proxy.serving.health import Answer, ProxyHealth
+from proxy.serving.http import Handler, Server, bind
+from proxy.serving.messages import Request, Response, not_found, text
+from proxy.serving.messages import json as json_response
 from proxy.serving.metrics import CONTENT_TYPE, Metrics
 
 RETRY = 5.0
 """Seconds between attempts to listen."""
+VERBOSITY = "/debug/flags/v"
+
+_BODY_BYTES = 64
+"""As much as a new verbosity may have."""
 
 _log = logs.get_logger("sluice.serving")
 
@@ -29,6 +37,11 @@ Listening = Callable[[str, HostPort], None]
 class BindError(Exception):
     """A server cannot listen, and the configuration wants the agent to end then."""
 
+    def __init__(self, reason: str, server: str) -> None:
+        super().__init__(reason)
+        self.server = server
+        """Which: `health` or `metrics`."""
+
 
 async def serve(
     settings: Settings,
@@ -36,7 +49,11 @@ async def serve(
     metrics: Metrics,
     *,
     proxy_mode: str,
+    version: str = "",
+    server: Server | None = None,
+    configz: Callable[[], Mapping[str, Any]] | None = None,
     listening: Listening = lambda _name, _address: None,
+    failed: Callable[[str, str], Awaitable[None]] | None = None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """Serve health and metrics until cancelled.
@@ -46,106 +63,159 @@ async def serve(
         health: who answers probes.
         metrics: what is measured; answers to probes are counted there.
         proxy_mode: what /proxyMode says.
+        version: Sluice's.
+        configz: the configuration of now, if it changes; else that of the settings.
+        server: who serves their sockets, within its budget of time.
         listening: told the name of a server (`health`, `metrics`) and where it listens, once it does.
+        failed: told the name of a server for which the agent is about to end, and why.
         sleep: how to wait between attempts.
 
     Raises:
         BindError: a server cannot listen, under `bind_address_hard_fail`.
     """
+    server = server or Server()
     servers = (
         ("health", settings.healthz_bind_address, health_handler(health, metrics)),
-        ("metrics", settings.metrics_bind_address, metrics_handler(settings, metrics, proxy_mode)),
+        (
+            "metrics",
+            settings.metrics_bind_address,
+            MetricsPages(settings, metrics, proxy_mode, version, configz).answer,
+        ),
     )
     try:
         async with asyncio.TaskGroup() as group:
             for name, address, handler in servers:
                 if address is not None:
-                    server = _Server(name, address, hard_fail=settings.bind_address_hard_fail)
-                    group.create_task(server.run(handler, listening, sleep), name=f"serve {name}")
+                    one = _Serving(server, name, address, hard_fail=settings.bind_address_hard_fail)
+                    group.create_task(one.run(handler, listening, sleep), name=f"serve {name}")
     except ExceptionGroup as errors:
-        failed, others = errors.split(BindError)
-        if failed is None or others is not None:
+        fatal, others = errors.split(BindError)
+        if fatal is None or others is not None:
             raise
-        raise BindError("; ".join(map(str, failed.exceptions))) from None
+        first = fatal.exceptions[0]
+        assert isinstance(first, BindError)
+        if failed is not None:
+            await failed(first.server, str(first))
+        raise BindError("; ".join(map(str, fatal.exceptions)), first.server) from None
 
 
-class _Server:
-    """One server, for as long as the agent runs."""
+class _Serving:
+    """One of them, for as long as the agent runs."""
 
-    def __init__(self, name: str, address: HostPort, *, hard_fail: bool) -> None:
+    def __init__(self, server: Server, name: str, address: HostPort, *, hard_fail: bool) -> None:
+        self._server = server
         self._name = name
         self._address = address
         self._hard_fail = hard_fail
 
     async def run(self, handler: Handler, listening: Listening, sleep: Callable[[float], Awaitable[None]]) -> None:
         while True:
-            listener = Listener(handler)
+            listener = None
             try:
-                address = self._address._replace(port=await listener.listen(bind(*self._address, both_families=True)))
+                sock = bind(*self._address, both_families=True)
+                listener = self._server.listen(sock, handler, body_bytes=_BODY_BYTES if self._name == "metrics" else 0)
+                address = self._address._replace(port=listener.port)
                 _log.info("serving", server=self._name, address=str(address))
                 listening(self._name, address)
                 await asyncio.get_running_loop().create_future()
             except OSError as error:
                 reason = f"cannot serve {self._name} on {self._address}: {error.strerror or error}"
                 if self._hard_fail:
-                    raise BindError(reason) from None
+                    raise BindError(reason, self._name) from None
                 _log.error("server", server=self._name, reason=reason, retry=f"{RETRY:g}s")
             finally:
-                await listener.close()
+                if listener is not None:
+                    listener.close()
             await sleep(RETRY)
 
 
 def health_handler(health: ProxyHealth, metrics: Metrics) -> Handler:
     """/healthz and /livez, for any method (HC-1)."""
 
-    async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        if request.path == "/healthz":
-            answer = health.healthz()
-            metrics.healthz_answered(answer.status)
-        elif request.path == "/livez":
-            answer = health.livez()
-            metrics.livez_answered(answer.status)
-        else:
-            return _not_found()
-        return _json(answer)
-
-    return handle
-
-
-def metrics_handler(settings: Settings, metrics: Metrics, proxy_mode: str) -> Handler:
-    """/metrics, /healthz, /proxyMode and /configz (HTTP-1)."""
-    configz = json.dumps({"kubeproxy.config.k8s.io": settings.configz}, separators=(",", ":"))
-
-    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+    def answer(request: Request) -> Response:
         match request.path:
-            case "/metrics":
-                # Some milliseconds for a few hundred series, on the loop: a thread would find values half changed.
-                return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
-            case "/healthz" | "/healthz/ping":
-                return _text("ok")
-            case "/proxyMode":
-                return _text(proxy_mode)
-            case "/configz":
-                return web.Response(text=configz, content_type="application/json")
+            case "/healthz":
+                answer = health.healthz()
+                metrics.healthz_answered(answer.status)
+            case "/livez":
+                answer = health.livez()
+                metrics.livez_answered(answer.status)
             case _:
-                return _not_found()
+                return not_found()
+        return _probed(answer)
 
-    return handle
-
-
-def _json(answer: Answer) -> web.Response:
-    return web.Response(status=answer.status, body=answer.body, headers=HEADERS)
+    return answer
 
 
-def _text(text: str, status: int = 200) -> web.Response:
-    return web.Response(
-        status=status,
-        text=text,
-        headers={"X-Content-Type-Options": "nosniff"},
-        content_type="text/plain",
-        charset="utf-8",
-    )
+class MetricsPages:
+    """What the metrics server serves (HTTP-1)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        proxy_mode: str,
+        version: str,
+        configz: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._version = version
+        self._started = time.time()
+        self._configz_now = configz or (lambda: settings.configz)
+        self._pages: dict[str, Callable[[Request], Response]] = {
+            "/metrics": lambda _: _exposed(metrics.exposition()),
+            "/metrics/slis": lambda _: _exposed(metrics.slis()),
+            "/healthz": self._healthz,
+            "/healthz/ping": self._healthz,
+            "/proxyMode": lambda _: text(proxy_mode),
+            "/configz": self._configz,
+        }
+        gates = settings.feature_gates
+        if gates.get("ComponentStatusz", True):
+            self._pages["/statusz"] = self._statusz
+        if gates.get("ComponentFlagz", True):
+            self._pages["/flagz"] = lambda request: pages.flagz(request, sys.argv[1:])
+        self._profiles = profiles.Profiles() if settings.enable_profiling else None
+
+    def answer(self, request: Request) -> Response | Awaitable[Response]:
+        """The answer to a request."""
+        page = self._pages.get(request.path)
+        if page is not None:
+            return page(request)
+        if self._profiles is not None:
+            if request.path.startswith(profiles.PREFIX):
+                return self._profiles.answer(request)
+            if request.path == VERBOSITY:
+                return self._set_verbosity(request)
+        return not_found()
+
+    def _configz(self, _request: Request) -> Response:
+        body = json.dumps({"kubeproxy.config.k8s.io": self._configz_now()}, separators=(",", ":")).encode()
+        return Response(200, body, (("Content-Type", "application/json"),))
+
+    def _healthz(self, _request: Request) -> Response:
+        self._metrics.pinged()
+        return text("ok")
+
+    def _statusz(self, request: Request) -> Response:
+        paths = [*self._pages, *([profiles.PREFIX] if self._profiles else [])]
+        return pages.statusz(request, version=self._version, started=self._started, now=time.time(), paths=paths)
+
+    def _set_verbosity(self, request: Request) -> Response:
+        if request.method != "PUT":
+            return text("unrecognized http method: PUT a number\n", 405)
+        asked = request.body.decode("ascii", "replace").strip()
+        if not asked.isdecimal():
+            return text(f"failed to set verbosity {asked!r}: it is a number\n", 400)
+        logs.configure(self._settings.log_format, int(asked))
+        _log.info("verbosity set", v=int(asked))
+        return text(f"successfully set klog.logging.verbosity to {int(asked)}")
 
 
-def _not_found() -> web.Response:
-    return _text("404 page not found\n", 404)
+def _probed(answer: Answer) -> Response:
+    return json_response(answer.body, answer.status)
+
+
+def _exposed(body: bytes) -> Response:
+    return Response(200, body, (("Content-Type", CONTENT_TYPE),))

@@ -186,3 +186,12 @@ def test_hc_3_healthy_is_no_request_waiting_for_the_timeout(script):
         late = {family for family, since in waiting.items() if clock.seconds - since >= 10.0}
         assert found.healthy() is not bool(late & started)
         assert found.livez().status == (503 if late & started else 200)
+
+
+def test_hc_3_the_timeout_may_become_another(health, clock):
+    health.started(V4)
+    health.queued(V4)
+    clock.sleep(12)
+    assert not health.healthy()
+    health.set_timeout(20.0)
+    assert health.healthy()

@@ -6,18 +6,17 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from proxy.config.settings import HostPort, Settings
 from proxy.objects import Key
 from proxy.serving.health import ProxyHealth
 from proxy.serving.healthcheck import HealthCheckServers, check
-from proxy.serving.http import GuardedServer, Listener, bind
 from proxy.serving.metrics import Metrics
 from proxy.serving.servers import BindError, serve
 from rules.forwarding import Family, parse_address
@@ -37,11 +36,12 @@ def in_loop(test):
     return run
 
 
-async def get(port, path="/", method="GET", host="127.0.0.1"):
+async def get(port, path="/", method="GET", host="127.0.0.1", body=""):
     """Status, headers and body of an answer, as they stand on the wire."""
     async with asyncio.timeout(DEADLINE):
         reader, writer = await asyncio.open_connection(host, port)
-        writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{length}\r\n{body}".encode())
         head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
         writer.close()
     status, *lines = head.split("\r\n")
@@ -100,6 +100,7 @@ class Agent:
                 self.health,
                 self.metrics,
                 proxy_mode="nftables",
+                version="1.2.3",
                 listening=self.listening,
                 sleep=self.sleep,
             )
@@ -147,7 +148,49 @@ async def test_http_1_paths_of_the_metrics_server():
         status, headers, body = await get(port, "/metrics")
         assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
         assert "process_resident_memory_bytes" in body
-        assert (await get(port, "/debug/pprof/"))[0] == 404
+        assert (
+            'kubernetes_healthchecks_total{name="ping",status="success",type="healthz"} 2.0'
+            in (await get(port, "/metrics/slis"))[2]
+        )
+        for path in ("/debug/pprof/", "/debug/flags/v", "/nothing", "/metrics/"):
+            assert (await get(port, path))[::2] == (404, "404 page not found\n")
+
+
+@in_loop
+async def test_http_1_statusz_and_flagz_go_with_their_gates():
+    async with Agent().running() as agent:
+        status, headers, body = await get(agent.ports["metrics"], "/statusz")
+        assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+        assert "Paths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
+        assert (await get(agent.ports["metrics"], "/flagz"))[2].startswith("\nkube-proxy flagz\n")
+    async with Agent(feature_gates={"ComponentStatusz": False, "ComponentFlagz": False}).running() as agent:
+        assert [(await get(agent.ports["metrics"], path))[0] for path in ("/statusz", "/flagz")] == [404, 404]
+
+
+@in_loop
+async def test_http_1_profiles_are_there_with_enable_profiling():
+    async with Agent(enable_profiling=True).running() as agent:
+        port = agent.ports["metrics"]
+        status, _, body = await get(port, "/debug/pprof/")
+        assert (status, body.split()[0]) == (200, "/debug/pprof/")
+        assert "/debug" in (await get(port, "/statusz"))[2]
+        assert (await get(port, "/debug/pprof/heap"))[0] == 200
+        assert (await get(port, "/debug/pprof/profile?seconds=0.05"))[0] == 200
+
+
+@in_loop
+async def test_http_1_the_verbosity_can_be_put(monkeypatch):
+    configured = []
+    monkeypatch.setattr("proxy.serving.servers.logs.configure", lambda *how: configured.append(how))
+    async with Agent(enable_profiling=True, log_format="json").running() as agent:
+        port = agent.ports["metrics"]
+        status, _, body = await get(port, "/debug/flags/v", "PUT", body="4")
+        assert (status, body) == (200, "successfully set klog.logging.verbosity to 4")
+        assert configured == [("json", 4)]
+        assert (await get(port, "/debug/flags/v", "PUT", body="x"))[0] == 400
+        assert (await get(port, "/debug/flags/v", "PUT"))[0] == 400
+        assert (await get(port, "/debug/flags/v"))[0] == 405
+    assert len(configured) == 1
 
 
 @in_loop
@@ -182,8 +225,16 @@ async def agent_until_up(agent):
 async def test_cfg_55_under_hard_fail_it_is_the_end(which):
     with taken_port() as port:
         agent = Agent(bind_address_hard_fail=True, **{which: HostPort("127.0.0.1", port)})
-        with pytest.raises(BindError, match=rf"cannot serve .* on 127.0.0.1:{port}: Address already in use"):
-            await serve(agent.settings, agent.health, agent.metrics, proxy_mode="nftables")
+        told = []
+
+        async def failed(server, reason):
+            told.append((server, reason))
+
+        server = {"healthz_bind_address": "health", "metrics_bind_address": "metrics"}[which]
+        reason = f"cannot serve {server} on 127.0.0.1:{port}: Address already in use"
+        with pytest.raises(BindError, match=re.escape(reason)):
+            await serve(agent.settings, agent.health, agent.metrics, proxy_mode="nftables", failed=failed)
+        assert told == [(server, reason)]
 
 
 @in_loop
@@ -199,80 +250,6 @@ async def test_an_unspecified_address_is_served_in_both_families(host):
     async with Agent(healthz_bind_address=HostPort(host, 0)).running() as agent:
         for client in ("127.0.0.1", "::1"):
             assert (await get(agent.ports["health"], "/livez", host=client))[0] == 200
-
-
-# --- the guard against strangers -------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def guarded(**bounds):
-    async def handle(_request):
-        return web.Response(text="ok")
-
-    server = GuardedServer(handle, **bounds)
-    runner = web.ServerRunner(server, shutdown_timeout=0.1)
-    await runner.setup()
-    sock = bind("127.0.0.1", 0)
-    await web.SockSite(runner, sock).start()
-    try:
-        yield sock.getsockname()[1]
-    finally:
-        await runner.cleanup()
-
-
-@in_loop
-async def test_a_client_that_says_nothing_is_put_out():
-    async with guarded(deadline=0.05) as port, asyncio.timeout(DEADLINE):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HT")
-        with contextlib.suppress(ConnectionResetError):
-            assert await reader.read() == b""
-        writer.close()
-
-
-@in_loop
-async def test_silent_clients_make_room_for_the_next():
-    async with guarded(connections=3, deadline=600) as port:
-        async with asyncio.timeout(DEADLINE):
-            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
-        assert (await get(port))[::2] == (200, "ok")
-        for _, writer in silent:
-            writer.close()
-
-
-@in_loop
-async def test_a_connection_serves_one_request():
-    async with guarded() as port, asyncio.timeout(DEADLINE):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
-        assert (await reader.read()).count(b"HTTP/1.1 200") == 1
-        writer.close()
-
-
-@pytest.mark.parametrize(
-    "garbage", [b"\0" * 100, b"GET / HTTP/9\r\n\r\n", b"X" * 100_000, b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"]
-)
-@in_loop
-async def test_garbage_is_answered_or_dropped_and_the_server_lives(garbage, caplog):
-    async with guarded() as port:
-        async with asyncio.timeout(DEADLINE):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            with contextlib.suppress(ConnectionError):
-                writer.write(garbage)
-                await writer.drain()
-                assert b"200" not in await reader.read()
-            writer.close()
-        assert (await get(port))[0] == 200
-    assert not caplog.records  # strangers must not be able to fill the log
-
-
-@in_loop
-async def test_a_closed_listener_can_be_closed_again():
-    listener = Listener(lambda _request: None)
-    await listener.close()
-    await listener.listen(bind("127.0.0.1", 0))
-    await listener.close()
-    await listener.close()
 
 
 # --- health-check node ports -----------------------------------------------------------------------------------
@@ -300,26 +277,28 @@ class Checks:
 
     def __init__(self, *addresses):
         self.reports = []
+        self.failures = []
         self.healthy = True
         self.servers = HealthCheckServers(
             Family.IPV4,
             lambda: self.healthy,
             addresses=[parse_address(each) for each in addresses or ("127.0.0.1",)],
             report=lambda key, reason: self.reports.append((str(key), reason)),
+            failed=lambda *failure: self.failures.append(failure),
         )
 
     async def __aenter__(self):
         return self
 
     async def __aexit__(self, *_error):
-        await self.servers.close()
+        self.servers.close()
 
 
 @in_loop
 async def test_hc_23_a_service_answers_with_its_weight_on_any_path():
     async with Checks() as checks:
         port = free_port()
-        await checks.servers.sync({SVC: (port, 3)})
+        checks.servers.sync({SVC: (port, 3)})
         status, headers, body = await get(port, "/whatever")
         assert (status, headers["X-Load-Balancing-Endpoint-Weight"], headers["Content-Type"]) == (
             200,
@@ -336,15 +315,15 @@ async def test_hc_23_a_service_answers_with_its_weight_on_any_path():
 async def test_hc_21_servers_follow_what_is_wanted():
     async with Checks() as checks:
         first, second = free_port(), free_port()
-        await checks.servers.sync({SVC: (first, 1)})
-        before = checks.servers._servers[SVC].listener
-        await checks.servers.sync({SVC: (first, 0)})
+        checks.servers.sync({SVC: (first, 1)})
+        before = checks.servers._servers[SVC].listeners
+        checks.servers.sync({SVC: (first, 0)})
         assert (await get(first))[0] == 503
-        assert checks.servers._servers[SVC].listener is before  # a new count opens nothing anew
-        await checks.servers.sync({SVC: (second, 1)})
+        assert checks.servers._servers[SVC].listeners is before  # a new count opens nothing anew
+        checks.servers.sync({SVC: (second, 1)})
         assert (await get(second))[0] == 200
         await refused(first)
-        await checks.servers.sync({})
+        checks.servers.sync({})
         await refused(second)
         assert checks.servers.ports == {}
 
@@ -359,8 +338,8 @@ async def test_hc_21_two_services_can_swap_their_ports():
     async with Checks() as checks:
         first, second = free_port(), free_port()
         other = Key("default", "other")
-        await checks.servers.sync({SVC: (first, 1), other: (second, 0)})
-        await checks.servers.sync({SVC: (second, 1), other: (first, 0)})
+        checks.servers.sync({SVC: (first, 1), other: (second, 0)})
+        checks.servers.sync({SVC: (second, 1), other: (first, 0)})
         assert [(await get(port))[0] for port in (first, second)] == [503, 200]
 
 
@@ -368,13 +347,14 @@ async def test_hc_21_two_services_can_swap_their_ports():
 async def test_hc_21_a_port_that_is_taken_is_reported_and_tried_again():
     async with Checks() as checks:
         with taken_port() as port:
-            await checks.servers.sync({SVC: (port, 1)})
+            checks.servers.sync({SVC: (port, 1)})
             reason = f"cannot serve health checks on port {port}: Address already in use"
             assert checks.reports == [("default/lbl", reason)]
             assert checks.servers.ports == {}
-            await checks.servers.sync({SVC: (port, 1)})
+            checks.servers.sync({SVC: (port, 1)})
             assert len(checks.reports) == 2
-        await checks.servers.sync({SVC: (port, 1)})
+            assert checks.failures == [(SVC, port, "Address already in use")] * 2
+        checks.servers.sync({SVC: (port, 1)})
         assert checks.reports[-1] == ("default/lbl", None)
         assert (await get(port))[0] == 200
 
@@ -383,8 +363,8 @@ async def test_hc_21_a_port_that_is_taken_is_reported_and_tried_again():
 async def test_hc_21_the_report_ends_with_its_service():
     async with Checks() as checks:
         with taken_port() as port:
-            await checks.servers.sync({SVC: (port, 1)})
-            await checks.servers.sync({})
+            checks.servers.sync({SVC: (port, 1)})
+            checks.servers.sync({})
         assert checks.reports[-1] == ("default/lbl", None)
 
 
@@ -392,11 +372,11 @@ async def test_hc_21_the_report_ends_with_its_service():
 async def test_hc_20_only_node_port_addresses_are_listened_on():
     port = free_port()
     async with Checks("127.0.0.2", "127.0.0.3") as checks:
-        await checks.servers.sync({SVC: (port, 1)})
+        checks.servers.sync({SVC: (port, 1)})
         assert [(await get(port, host=host))[0] for host in ("127.0.0.2", "127.0.0.3")] == [200, 200]
         await refused(port)
-        await checks.servers.set_addresses([parse_address("127.0.0.1")])
-        await checks.servers.sync({SVC: (port, 1)})
+        checks.servers.set_addresses([parse_address("127.0.0.1")])
+        checks.servers.sync({SVC: (port, 1)})
         assert (await get(port))[0] == 200
 
 
@@ -404,7 +384,7 @@ async def test_hc_20_only_node_port_addresses_are_listened_on():
 async def test_hc_21_when_one_address_fails_none_is_kept():
     async with Checks("127.0.0.2", "127.0.0.1") as checks:
         with taken_port() as port:
-            await checks.servers.sync({SVC: (port, 1)})
+            checks.servers.sync({SVC: (port, 1)})
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection("127.0.0.2", port)
 
@@ -414,11 +394,11 @@ async def test_hc_20_each_family_listens_on_its_own():
     port = free_port()
     both = [HealthCheckServers(family, lambda: True) for family in Family]
     for count, servers in enumerate(both, 1):
-        await servers.sync({SVC: (port, count)})
+        servers.sync({SVC: (port, count)})
     weights = [(await get(port, host=host))[1]["X-Load-Balancing-Endpoint-Weight"] for host in ("127.0.0.1", "::1")]
     assert weights == ["1", "2"]
     for servers in both:
-        await servers.close()
+        servers.close()
 
 
 def test_settings_name_where_servers_listen():
