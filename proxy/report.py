@@ -91,6 +91,13 @@ class FamilyReport(_Report, frozen=True):
     syncs: Syncs
 
 
+class Unserved(_Report, frozen=True):
+    """A family that the node cannot carry."""
+
+    family: str
+    reason: str
+
+
 class Trouble(_Report, frozen=True):
     """Something that is wrong with an object or a file."""
 
@@ -144,6 +151,7 @@ class Status(_Report, frozen=True):
     """Whether Services and slices have been listed: before that nothing is written."""
     source: SourceReport
     families: tuple[FamilyReport, ...]
+    """Those that are served."""
     services: int
     slices: int
     pending_changes: int
@@ -151,6 +159,7 @@ class Status(_Report, frozen=True):
     troubles: tuple[Trouble, ...] = ()
     contested: tuple[Contested, ...] = ()
     unselected: tuple[Unselected, ...] = ()
+    unserved: tuple[Unserved, ...] = ()
     notes: tuple[str, ...] = ()
     """What should be known about the node, a sentence each."""
 

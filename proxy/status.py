@@ -51,6 +51,7 @@ def lines(status: Status) -> Iterator[str]:
         head, *rest = _family(family, status.drift_policy)
         yield _row(family.family, head)
         yield from (_row("", line) for line in rest)
+    yield from (_row(each.family, f"not served: {each.reason}") for each in status.unserved)
     yield from _list("trouble", (f"{each.subject}: {each.reason}" for each in status.troubles))
     yield from _list(
         "contested",

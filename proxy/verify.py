@@ -12,7 +12,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TextIO
 
 import msgspec
@@ -43,6 +43,8 @@ class Verified(NamedTuple):
     drift: Drift
     frontends: int
     """How many are wanted."""
+    where: str = "the kernel"
+    """Where they were looked for."""
 
 
 def main(
@@ -76,6 +78,11 @@ def main(
     except (AgentError, CannotTellError, DataplaneError) as error:
         sys.stderr.write(f"sluice verify: {error}\n")
         return 2
+    return report(verified, source, format_, out)
+
+
+def report(verified: Sequence[Verified], source: str, format_: Format, out: TextIO) -> int:
+    """Print comparisons with what `source` wants; 0 if nothing differs, else 1."""
     if format_ == "json":
         value = {
             "wanted": source,
@@ -136,8 +143,18 @@ def against_manifests(
         CannotTellError: the manifests cannot be read or used.
         DataplaneError: the kernel could not be read, or the mode is not there.
     """
-    name = modes.choose(settings.mode)
-    for table in _wanted(settings, filename):
+    yield from against_tables(_wanted(settings, filename), modes.choose(settings.mode), open_dataplane)
+
+
+def against_tables(
+    tables: Iterable[ForwardingTable], name: str, open_dataplane: Open = modes.open_dataplane
+) -> Iterator[Verified]:
+    """The kernel compared with tables, of the families that this node can carry, in the dataplane `name`.
+
+    Raises:
+        DataplaneError: the kernel could not be read.
+    """
+    for table in tables:
         if table.family not in modes.supported_families():
             continue
         dataplane = open_dataplane(name, table.family)
@@ -169,10 +186,10 @@ def _wanted(settings: Settings, filename: str) -> Sequence[ForwardingTable]:
 
 
 def _text(verified: Sequence[Verified], source: str) -> Iterator[str]:
-    for dataplane, drift, frontends in verified:
+    for dataplane, drift, frontends, held in verified:
         where = f"{drift.family.label} in {dataplane}"
         if not drift:
             yield f"{where}: equal to what {source} wants, {frontends} frontend{'' if frontends == 1 else 's'}"
             continue
-        yield f"{where}: {summary(drift)} (- wanted by {source}, + in the kernel)"
+        yield f"{where}: {summary(drift)} (- wanted by {source}, + in {held})"
         yield from (f"  {line}" for line in lines(drift))

@@ -151,15 +151,15 @@ def verdict(outcome: Outcome) -> str:
     if isinstance(outcome, Rejected):
         return "is refused (ICMP port unreachable)"
     if isinstance(outcome, Dropped):
-        return "is dropped in silence"
-    return "goes on as it came"
+        return "is dropped (the client hears nothing)"
+    return "goes on unchanged"
 
 
 def _sources(shares: Iterable[Share]) -> str:
     masqueraded = {share.masqueraded for share in shares}
     if masqueraded == {True}:
         return "masqueraded"
-    return "its source kept" if masqueraded == {False} else "its source kept unless it reaches itself"
+    return "its source kept" if masqueraded == {False} else "its source kept unless it gets itself"
 
 
 MATCHES = {

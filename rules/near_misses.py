@@ -39,7 +39,7 @@ def near_misses(
                 continue
             step = _other(frontend, route, f"the packet is {packet.protocol.name}")
         else:
-            step = _other(frontend, route, "the port is another")
+            step = _other(frontend, route, f"the packet goes to port {packet.port}")
         near.append(((not same_port, abs(frontend.port - packet.port), frontend), step))
     near.sort(key=lambda item: item[0])
     steps = [step for _, step in near[:MOST_NEAR_MISSES]]
@@ -55,8 +55,8 @@ def _other(frontend: Frontend, route: Route, but: str) -> Step:
 def _uncovered(table: ForwardingTable, packet: Packet, frontend: Frontend, route: Route) -> Step:
     address = format_address(packet.destination)
     words = (
-        f"{frontend.port}/{frontend.protocol.name} is a node port of {name_of(route)}, but {address} answers none: "
-        f"{node_port_words(table.node)}"
+        f"{frontend.port}/{frontend.protocol.name} is a node port of {name_of(route)}, but {address} answers no node "
+        f"ports: {node_port_words(table.node)}"
     )
     clause = "TRF-21" if is_loopback(packet.destination) else "TRF-20"
     return Step(kind=StepKind.NODE_PORT_ADDRESS, words=words, clause=clause, frontend=frontend, label=route.label)

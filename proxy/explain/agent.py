@@ -14,6 +14,7 @@ from proxy.explain.evidence import Cluster
 from proxy.objects import EndpointSlice, Key, ObjectError, Service, convert
 from proxy.report import EndpointReport
 from proxy.selection import Reason
+from rules.diff import fit
 from rules.forwarding import Family, ForwardingTable, Frontend, Route
 
 
@@ -36,7 +37,7 @@ def ask(asked: Asked, families: Iterable[Family], run_directory: str) -> Known:
     """
     status = agent_socket.status(run_directory)
     served = {each.family for each in status.families}
-    wanted = {family: agent_socket.table(family, run_directory).table for family in families if family.label in served}
+    wanted = {family: _wanted(family, run_directory) for family in families if family.label in served}
     view = View(node_name=status.node, semantics=semantics_of(status.behaviour))
     services: dict[Key, Service] = {}
     slices: dict[Key, tuple[EndpointSlice, ...]] = {}
@@ -66,6 +67,12 @@ def ask(asked: Asked, families: Iterable[Family], run_directory: str) -> Known:
     )
     here = status.network_namespace == agent_socket.network_namespace()
     return Known(cluster, here, any(each.syncs.pending for each in status.families))
+
+
+def _wanted(family: Family, run_directory: str) -> ForwardingTable:
+    """What the agent wants, as far as its dataplane can have it: packets meet nothing else."""
+    wanted = agent_socket.table(family, run_directory)
+    return fit(wanted.table, wanted.head.capabilities)
 
 
 def _concerned(asked: Asked, tables: Iterable[ForwardingTable]) -> set[Key]:

@@ -107,14 +107,15 @@ def _answer(frontend: Frontend, tried: Frontend, client: Client, evidence: Evide
     packet = _packet(tried, client, origin, evidence)
     explanation = explain(table, packet, evidence.local_addresses)
     service, decisions = _decisions(explanation, evidence.cluster, family)
-    causes = causes_of(explanation, evidence, service, decisions)
     decided = explanation.route.label if explanation.route is not None else ""
-    if conflict := _conflict(frontend, label, evidence.cluster):
-        causes = (conflict, *causes)
     compared = {frontend, tried}
     if any(answers_node_ports(each.node, tried.address, evidence.local_addresses) for each in _known(evidence, family)):
         compared.add(tried._replace(address=b""))
     differing = tuple(disagreements(compared, family, evidence))
+    drifted = bool(differing) and evidence.source == "kernel" and evidence.cluster is not None
+    causes = causes_of(explanation, evidence, service, decisions, drifted=drifted)
+    if conflict := _conflict(frontend, label, evidence.cluster):
+        causes = (conflict, *causes)
     if differing and evidence.source == "agent" and evidence.kernel is not None:
         held = evidence.kernel.get(family) or ForwardingTable(family=family)
         causes = (_drift(explain(held, packet, evidence.local_addresses)), *causes)
@@ -250,9 +251,9 @@ def _nothing(asked: AskedService, evidence: Evidence) -> str:
         return f"{known} {asked.key}"
     spec = service.spec
     if spec.type == "ExternalName":
-        return f"Service {asked.key} is an ExternalName: DNS alone answers for it (SVC-4)"
+        return f"Service {asked.key} is of type ExternalName: DNS gives its clients another name (SVC-4)"
     if spec.cluster_ip in ("", "None"):
-        return f"Service {asked.key} has no ClusterIP: its clients get its pods' addresses from DNS (SVC-4)"
+        return f"Service {asked.key} is headless (no clusterIP): DNS gives clients the addresses of its pods (SVC-4)"
     if asked.port and spec.ports:
         ports = ", ".join(f"{port.name or '(no name)'} {port.port}/{port.protocol}" for port in spec.ports)
         return f"Service {asked.key} has no port {asked.port}; it has {ports}"
@@ -302,7 +303,7 @@ def _unused(explanation: Explanation, service: Service | None, decisions: Sequen
 
 def _drift(held: Explanation) -> Cause:
     """What the kernel makes of it, where that is not what is wanted."""
-    words = f"the kernel holds something else than is wanted, by which the connection {verdict(held.outcome)}"
+    words = f"the kernel holds something else than what is wanted: by that the connection {verdict(held.outcome)}"
     certain = not isinstance(held.outcome, Reaches)
     return Cause(kind="drift", words=words, next="sluice verify", certain=certain)
 
@@ -312,5 +313,5 @@ def _conflict(frontend: Frontend, label: str, cluster: Cluster | None) -> Cause 
     winner = cluster.winners.get(str(frontend)) if cluster is not None else None
     if winner is None or not label or label.partition(":")[0] == winner:
         return None
-    words = f"{frontend} belongs to the older Service {winner}, and this one gets it when that one goes"
+    words = f"{frontend} belongs to the older Service {winner}; this one gets it when that one goes"
     return Cause(kind="conflict", words=words, next=f"sluice explain {winner}", certain=True)

@@ -37,13 +37,28 @@ class Cause(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def causes_of(
-    explanation: Explanation, evidence: Evidence, service: Service | None, decisions: Sequence[Decision]
+    explanation: Explanation,
+    evidence: Evidence,
+    service: Service | None,
+    decisions: Sequence[Decision],
+    *,
+    drifted: bool,
 ) -> tuple[Cause, ...]:
     """What stands, or may stand, in the way of a connection.
 
-    `service` is that of the frontend, where objects are known, and `decisions` are those about its endpoints.
+    Args:
+        explanation: of its first packet.
+        evidence: what the explanation rests on.
+        service: that of the frontend, where objects are known.
+        decisions: those about its endpoints.
+        drifted: whether the table explained is the kernel's, and is not what is wanted: that is cause enough.
     """
-    found = [*_of_the_rules(explanation, evidence, service, decisions)]
+    found: list[Cause] = []
+    if not drifted:
+        found += _of_the_rules(explanation, evidence, service, decisions)
+    elif not isinstance(explanation.outcome, Reaches):
+        words = "the kernel does not hold what is wanted; the agent repairs that, unless its driftPolicy is report"
+        found.append(Cause(kind="drift", words=words, next="sluice verify"))
     if evidence.surroundings is not None:
         found += _of_the_node(explanation, evidence.surroundings)
     return tuple(found)
@@ -77,7 +92,7 @@ def _of_the_rules(
             )
         case Why.NO_ENDPOINTS | Why.NO_LOCAL_ENDPOINTS:
             if service is None or evidence.cluster is None:
-                words = "no endpoint can serve; the rules alone do not say why"
+                words = "no endpoint can serve; why, the objects say, and the rules alone do not"
                 yield Cause(kind="no-endpoints", words=words, next=_slices(key))
             elif outcome.why is Why.NO_ENDPOINTS:
                 yield _no_endpoints(explanation, evidence.cluster, service, decisions)
@@ -88,7 +103,7 @@ def _of_the_rules(
         case Why.CLOSED_PORT:
             yield _closed(explanation)
         case Why.LOOPBACK:
-            words = "loopback addresses are reached from the node itself only"
+            words = "node ports on loopback addresses answer the node itself only"
             yield Cause(kind="loopback", words=words, next="")
         case Why.UNALLOCATED | Why.NO_FRONTEND:
             yield _unknown(explanation, evidence, table)
@@ -97,9 +112,11 @@ def _of_the_rules(
 def _closed(explanation: Explanation) -> Cause:
     steps = (step for step in explanation.steps if step.kind is StepKind.NEAR_MISS)
     near = next((step.frontend for step in steps if step.frontend is not None), None)
-    words = "the port is none of the Service's (a Service has its own ports, not those of its pods)"
-    if near is not None and near.port == explanation.packet.port:
-        words = f"the Service has this port for {near.protocol.name} only"
+    packet = explanation.packet
+    port = f"{packet.port}/{packet.protocol.name}"
+    words = f"the Service has no port {port} (clients use the Service's ports, not those of its pods)"
+    if near is not None and near.port == packet.port:
+        words = f"the Service has port {near.port} for {near.protocol.name} only"
     return Cause(kind="closed-port", words=words, next=f"sluice explain {near}" if near is not None else "")
 
 
@@ -112,13 +129,16 @@ def _no_endpoints(explanation: Explanation, cluster: Cluster, service: Service, 
     slices = cluster.slices.get(service.key, ())
     if not slices:
         if not selector:
-            words = "the Service has no selector, and nobody has made EndpointSlices for it"
+            words = "the Service has no selector, so somebody must make EndpointSlices for it, and nobody has"
             return Cause(kind="no-slices", words=words, next=_slices(service.key))
-        words = f"no EndpointSlice names the Service: no pod matches its selector {selector}, or its controller is late"
+        words = (
+            f"the Service has no EndpointSlice: no pod matches its selector {selector}, or the controller that "
+            "makes slices is late (without a cluster somebody has to write them)"
+        )
         return Cause(kind="no-slices", words=words, next=pods)
     if all(each.address_type != family.label for each in slices):
-        types = ", ".join(sorted({each.address_type or "no type" for each in slices}))
-        words = f"the Service's EndpointSlices are of {types}, and none of {family.label}"
+        types = " and ".join(sorted({each.address_type or "no addressType" for each in slices}))
+        words = f"this frontend is {family.label}, and the Service's EndpointSlices are for {types} only"
         return Cause(kind="no-slices-of-family", words=words, next=_slices(service.key))
     if not any(each.endpoints for each in slices):
         matches = f": no pod matches its selector {selector}" if selector else ""
@@ -127,15 +147,15 @@ def _no_endpoints(explanation: Explanation, cluster: Cluster, service: Service, 
     protocol = explanation.packet.protocol.name
     ours = [each for each in decisions if each.port == f"{explanation.route.label}/{protocol}"]
     if not ours:
-        has = sorted({f"{port.name!r}/{port.protocol}" for each in slices for port in each.ports})
-        others = ", ".join(has) or "none"
-        why = "the Service's targetPort is a name that no container of its pods has"
+        has = sorted({f"{port.name!r} ({port.protocol})" for each in slices for port in each.ports})
+        others = f"they have {', '.join(has)}" if has else "they have none at all"
+        why = "most likely the Service's targetPort is a name that no port of its pods' containers has"
         if not selector:
-            why = "a slice's port has the same name as the Service's"
-        words = f"no EndpointSlice has a port {name!r} of {protocol} (they have {others}): {why}"
+            why = "a slice's port must have the name of the Service's port"
+        words = f"no EndpointSlice has a port {name!r} ({protocol}): {others}; {why}"
         next_ = f"kubectl -n {service.key.namespace} describe service {service.key.name}"
         return Cause(kind="no-such-port", words=words, next=next_)
-    return Cause(kind="none-ready", words=f"no endpoint can serve: {_tally(ours)}", next=pods)
+    return Cause(kind="none-ready", words=_none_serves(ours), next=pods)
 
 
 def _none_here(explanation: Explanation, cluster: Cluster, service: Service, decisions: Sequence[Decision]) -> Cause:
@@ -149,7 +169,7 @@ def _none_here(explanation: Explanation, cluster: Cluster, service: Service, dec
     here = [each for each in ours if each.node == cluster.view.node_name]
     nodes = ", ".join(sorted({each.node or "no node" for each in usable})) or "no node"
     if here:
-        words = f"{field} is Local, and of the endpoints on this node none can serve: {_tally(here)}"
+        words = f"{field} is Local, and {_none_serves(here, ' on this node')}"
     else:
         words = f"{field} is Local, and no endpoint is on {cluster.view.node_name}: they are on {nodes}"
     return Cause(kind="policy-local", words=words, next=_slices(service.key))
@@ -159,7 +179,7 @@ def _uncovered(explanation: Explanation, table: ForwardingTable | None) -> Itera
     packet = explanation.packet
     if table is None:
         return
-    words = f"the address answers no node ports: {node_port_words(table.node)} (--nodeport-addresses)"
+    words = f"the address answers no node ports: {node_port_words(table.node)} (nodePortAddresses)"
     addresses = sorted(table.node.node_port_addresses or ())
     port = f"{packet.port}/{packet.protocol.name}"
     next_ = f"sluice explain {format_host(addresses[0])}:{port}" if addresses else ""
@@ -169,22 +189,24 @@ def _uncovered(explanation: Explanation, table: ForwardingTable | None) -> Itera
 def _unknown(explanation: Explanation, evidence: Evidence, table: ForwardingTable | None) -> Cause:
     address = format_address(explanation.packet.destination)
     if evidence.source == "kernel" and (table is None or not table.routes):
-        words = "the kernel holds no Service of ours: the agent has not run here, or has not synced yet"
+        words = "the kernel holds no rules of sluice: the agent has not run here, or has not synced yet"
         return Cause(kind="no-rules", words=words, next="sluice status")
     packet = explanation.packet
     if packet.destination in evidence.local_addresses:
         words = f"no Service has the node port {packet.port}/{packet.protocol.name}"
         return Cause(kind="no-node-port", words=words, next=f"kubectl get services -A | grep -Fw {packet.port}")
-    words = f"no Service has the address {address}: it was deleted, or the client uses an old name"
+    words = f"no Service has the address {address}: its Service was deleted, or the client uses an old or wrong address"
     return Cause(kind="no-service", words=words, next=f"kubectl get services -A -o wide | grep -Fw {address}")
 
 
-def _tally(decisions: Sequence[Decision]) -> str:
-    """`2 of 3: it is not ready, 1 of 3: it terminates and no longer serves`."""
-    counts = Counter(each.cluster if each.cluster not in (None, Reason.USED) else each.local for each in decisions)
-    return ", ".join(
-        f"{count} of {len(decisions)}: {reason.text}" for reason, count in counts.most_common() if reason is not None
-    )
+def _none_serves(decisions: Sequence[Decision], where: str = "") -> str:
+    """That no endpoint can serve, and why."""
+    reasons = [each.cluster if each.cluster not in (None, Reason.USED) else each.local for each in decisions]
+    counts = Counter(each.text for each in reasons if each is not None)
+    if len(decisions) == 1:
+        return f"the only endpoint{where} cannot serve: {next(iter(counts), 'nothing says why')}"
+    why = "; ".join(f"{count}: {text}" for text, count in counts.most_common())
+    return f"none of the {len(decisions)} endpoints{where} can serve ({why})"
 
 
 def _slices(key: Key | None) -> str:
@@ -209,7 +231,7 @@ def _of_the_node(explanation: Explanation, node: Surroundings) -> Iterator[Cause
     if node.conntrack is not None:
         tracked, most = node.conntrack
         if tracked >= most * NEARLY_FULL:
-            words = f"the conntrack table holds {tracked} of {most} connections: when it is full, new ones are dropped"
+            words = f"the conntrack table holds {tracked} of {most} connections: while it is full, new ones are dropped"
             next_ = "sysctl net.netfilter.nf_conntrack_max"
             yield Cause(kind="conntrack-full", words=words, next=next_, certain=tracked >= most)
     if not isinstance(outcome, Reaches):
@@ -234,13 +256,13 @@ def _of_forwarding(family: Family, node: Surroundings, *, every: bool) -> Iterat
     for chain in node.forward_drops:
         if chain.family in kinds:
             words = (
-                f"the chain {chain} drops what is forwarded unless a rule of it accepts it (Docker, ufw and firewalld "
-                "make such chains)"
+                f"the policy of the chain {chain.name} in the table {chain.place} is DROP: what is forwarded is "
+                "dropped unless a rule there accepts it (Docker and ufw set such a policy)"
             )
-            yield Cause(kind="forward-drop", words=words, next=f"nft list chain {chain}")
+            yield Cause(kind="forward-drop", words=words, next=chain.listing)
     if "filter" in node.legacy_tables:
         program = "iptables-legacy" if family is Family.IPV4 else "ip6tables-legacy"
-        words = "legacy iptables has a filter table, which cannot be read from here: its FORWARD policy may be DROP"
+        words = "legacy iptables has a filter table, which could not be read: its FORWARD policy may be DROP"
         yield Cause(kind="legacy-forward", words=words, next=f"{program} -S FORWARD")
     if family is Family.IPV4 and node.strict_rp_filter:
         shown = ", ".join(node.strict_rp_filter[:4]) + (", ..." if len(node.strict_rp_filter) > 4 else "")

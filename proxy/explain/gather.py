@@ -133,7 +133,7 @@ def _read(families: Iterable[Family], means: Means) -> dict[Family, ForwardingTa
     Raises:
         UnanswerableError: it could not be read.
     """
-    tables = {}
+    tables: dict[Family, ForwardingTable] = {}
     for name in modes.present():
         for family in families:
             try:
@@ -144,7 +144,8 @@ def _read(families: Iterable[Family], means: Means) -> dict[Family, ForwardingTa
                     dataplane.close()
             except DataplaneError as error:
                 raise UnanswerableError(f"{error}; -f FILE explains manifests instead") from None
-            if table is not None:
+            # Remains of another mode may be there too, until the agent has removed them.
+            if table is not None and (family not in tables or len(tables[family].routes) < len(table.routes)):
                 tables[family] = table
     return tables
 

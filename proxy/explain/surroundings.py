@@ -1,8 +1,8 @@
 """What else on this node decides about a Service's packets, and is none of our rules.
 
 Everything is read where it stands, in the network namespace of the calling thread, and by no program: /proc,
-rtnetlink, and the chains of all nftables tables (those of iptables-nft among them).  What cannot be read is left out:
-an explanation must not fail for it.
+rtnetlink, the chains of all nftables tables (those of iptables-nft among them), and the tables of legacy iptables.
+What cannot be read is left out, or named: an explanation must not fail for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from proxy.explain import legacy
 from proxy.explain.routing import Way, own_addresses, way_to
 from rules.forwarding import Address, Family, Prefix, family_of
 from rules.node_ports import is_loopback
@@ -20,6 +21,9 @@ from rules.node_ports import is_loopback
 _NET = Path("/proc/thread-self/net")
 _SYSCTL = Path("/proc/sys/net")
 OUR_TABLE = "sluice"
+_OUR_FORWARD = "SLUICE-FORWARD"
+"""The chain by which mode iptables accepts what goes through Services, whatever the policy of FORWARD."""
+_LEGACY_NAMES = {Family.IPV4: "ip_tables_names", Family.IPV6: "ip6_tables_names"}
 _LINK_LOCAL = (Prefix(bytes([169, 254, 0, 0]), 16), Prefix(b"\xfe\x80" + bytes(14), 10))
 
 _PROXY_CHAINS = ("KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-SVC-", "KUBE-SEP-")
@@ -27,18 +31,33 @@ _PROXY_CHAINS = ("KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-SVC-", "KUBE-SEP-")
 
 
 class ForeignChain(NamedTuple):
-    """A chain of somebody else, in any table of nftables."""
+    """A chain of somebody else, in any table of nftables or of legacy iptables."""
 
     family: str
+    """As nft has it: `ip`, `ip6`, `inet` and so on."""
     table: str
     name: str
     forwards: bool
     """Whether it is a base chain of the forward hook."""
     drops: bool
     """Whether its policy is drop."""
+    legacy: bool = False
+    """Whether it is of legacy iptables, of which nft shows nothing."""
 
     def __str__(self) -> str:
-        return f"{self.family} {self.table} {self.name}"
+        return f"{self.place} {self.name}"
+
+    @property
+    def place(self) -> str:
+        """Its table."""
+        return f"{self.family} {self.table}{' of legacy iptables' if self.legacy else ''}"
+
+    @property
+    def listing(self) -> str:
+        """The command that shows it."""
+        if not self.legacy:
+            return f"nft list chain {self.family} {self.table} {self.name}"
+        return f"ip{'6' if self.family == 'ip6' else ''}tables-legacy -t {self.table} -S {self.name}"
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,24 +76,25 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """Connections that are tracked, and the most there can be."""
     chains: tuple[ForeignChain, ...] = ()
     legacy_tables: tuple[str, ...] = ()
-    """Tables of legacy iptables, whose rules cannot be seen in nftables."""
+    """Tables of legacy iptables that could not be read."""
     ipvs: bool = False
     """Whether IPVS has virtual services."""
 
     @property
     def forward_drops(self) -> tuple[ForeignChain, ...]:
-        """Chains that drop what is forwarded and that none of their rules accepts."""
-        return tuple(chain for chain in self.chains if chain.forwards and chain.drops)
+        """Chains that drop what is forwarded and that none of their rules accepts; ours does, where it is."""
+        ours = {chain.place for chain in self.chains if chain.name == _OUR_FORWARD}
+        return tuple(chain for chain in self.chains if chain.forwards and chain.drops and chain.place not in ours)
 
     @property
     def other_proxies(self) -> tuple[str, ...]:
         """Rules of another service proxy."""
-        found: dict[tuple[str, str], str] = {}
+        found: dict[str, str] = {}
         for chain in self.chains:
             if chain.table == "kube-proxy":
-                found[chain.family, chain.table] = f"the nftables table {chain.family} {chain.table}"
+                found[chain.place] = f"the nftables table {chain.place}"
             elif chain.name.startswith(_PROXY_CHAINS):
-                found.setdefault((chain.family, chain.table), f"{chain.name} in the table {chain.family} {chain.table}")
+                found.setdefault(chain.place, f"{chain.name} in the table {chain.place}")
         return (*found.values(), *(["virtual services of IPVS"] if self.ipvs else []))
 
 
@@ -87,6 +107,7 @@ def look(*addresses: Address) -> Surroundings:
     }
     localnet = _number(_SYSCTL / "ipv4/conf/all/route_localnet")
     tracked, most = (_number(_SYSCTL / "netfilter" / f"nf_conntrack_{name}") for name in ("count", "max"))
+    chains, unread = _legacy_chains()
     own = own_addresses()
     node_ips: dict[Family, Address] = {}
     for address in own:
@@ -100,8 +121,8 @@ def look(*addresses: Address) -> Surroundings:
         strict_rp_filter=_strict_rp_filter(),
         route_localnet=None if localnet is None else localnet != 0,
         conntrack=(tracked, most) if tracked is not None and most else None,
-        chains=tuple(_chains()),
-        legacy_tables=tuple(sorted({*_lines("ip_tables_names"), *_lines("ip6_tables_names")})),
+        chains=(*_chains(), *chains),
+        legacy_tables=tuple(sorted(set(unread))),
         ipvs=any(line.startswith(("TCP", "UDP", "SCTP")) for line in _lines("ip_vs")),
     )
 
@@ -135,6 +156,25 @@ def _chains() -> Iterator[ForeignChain]:
             hook = chain.hook
             forwards = hook is not None and hook.number == FORWARD and family in _INET
             yield ForeignChain(family, table, chain.name, forwards, hook is not None and hook.policy == _NF_DROP)
+
+
+def _legacy_chains() -> tuple[list[ForeignChain], list[str]]:
+    """The chains of legacy iptables, and the tables that could not be read."""
+    found, unread = [], []
+    for family, file in _LEGACY_NAMES.items():
+        short = "ip" if family is Family.IPV4 else "ip6"
+        for name in _lines(file):
+            try:
+                table = legacy.read(family, name)
+            except OSError:
+                unread.append(name)
+                continue
+            found += [
+                ForeignChain(short, name, each, forwards=False, drops=False, legacy=True) for each in table.chains
+            ]
+            if table.forward_drops:
+                found.append(ForeignChain(short, name, "FORWARD", forwards=True, drops=True, legacy=True))
+    return found, unread
 
 
 _GET_CHAIN = 4

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from proxy.explain.answer import Answer, Answers, Unused
 from proxy.explain.causes import Cause
-from rules.explanation import Explanation, Reaches, Share, Untouched, verdict
+from rules.explanation import Explanation, Reaches, Share, Untouched, name_of, verdict
 from rules.forwarding import Kind, format_address
 
 WIDTH = 104
@@ -104,9 +104,13 @@ def _conclusion(answer: Answer) -> str:
     if answer.works:
         return f"It works: {ended}"
     if isinstance(outcome, Untouched):
-        return f"Nothing is done for it here: {ended}"
+        return f"It does not go to a Service: {ended}"
     if isinstance(outcome, Reaches):
-        return f"It does not work, although by the rules {ended}"
+        route = answer.explanation.route
+        if route is not None and route.label != answer.label:
+            return f"It does not go to {answer.label} but to {name_of(route)}: {ended}"
+        drifted = any(cause.kind == "drift" for cause in answer.causes)
+        return f"It does not work, although by {'what is wanted' if drifted else 'the rules'} {ended}"
     return f"It does not work: {ended}"
 
 

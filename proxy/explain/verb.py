@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 
@@ -10,6 +9,7 @@ from proxy.config.settings import Settings
 from proxy.explain.answer import Answers, answer
 from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_client
 from proxy.explain.data import to_data
+from proxy.explain.evidence import Evidence
 from proxy.explain.gather import Means, UnanswerableError, Where, gather
 from proxy.explain.text import lines
 from rules.forwarding import family_of
@@ -36,8 +36,6 @@ def main(
         as_json: print JSON instead of text.
         means: how this node is read.
     """
-    # Thousands of objects are made and kept until the end of this process: looking for garbage finds none.
-    gc.disable()
     try:
         asked, who = parse_asked(target), parse_client(client, interface)
         _check_families(asked, who)
@@ -45,11 +43,14 @@ def main(
     except (ValueError, UnanswerableError) as error:
         sys.stderr.write(f"sluice explain: {error}\n")
         return 2
-    finally:
-        gc.enable()
+    return tell(asked, who, evidence, as_json=as_json)
+
+
+def tell(asked: Asked, client: Client, evidence: Evidence, *, as_json: bool) -> int:
+    """Print what the evidence says about a question; 0 it works, 1 it does not."""
     for problem in evidence.problems:
         sys.stderr.write(f"sluice explain: {problem}\n")
-    answers = answer(asked, who, evidence)
+    answers = answer(asked, client, evidence)
     if as_json:
         sys.stdout.write(json.dumps(to_data(answers), indent=2) + "\n")
     else:

@@ -56,10 +56,15 @@ def one_after_the_other(world: World, host: str, address: str, port: int, count:
 
 def nft(world: World, *arguments: str, host: str = "node1") -> str:
     """What the nft program says inside a host."""
+    return said(world, "nft", *arguments, host=host)
+
+
+def said(world: World, program: str, *arguments: str, host: str = "node1") -> str:
+    """What a program says inside a host, where it succeeds."""
     done = world.namespaces[host].inside(
-        lambda: subprocess.run(["nft", *arguments], capture_output=True, text=True, check=False)
+        lambda: subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     )
-    assert done.returncode == 0, f"nft {' '.join(arguments)}: {done.stderr}"
+    assert done.returncode == 0, f"{program} {' '.join(arguments)}: {done.stderr}"
     return done.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -218,6 +219,45 @@ def test_what_else_may_be_in_the_way_is_told(node, capsys):
     assert found.keys() == {"forward-drop", "other-proxy", "rp-filter"}
     assert found["forward-drop"]["next"] == "nft list chain ip filter FORWARD"
     assert "KUBE-SERVICES in the table ip nat" in found["other-proxy"]["words"]
+
+
+@pytest.mark.parametrize("kind", ["nft", "legacy"])
+def test_what_iptables_of_either_kind_has_in_the_way_is_told_with_the_command_that_shows_it(kind, node, capsys):
+    if shutil.which(f"iptables-{kind}") is None:
+        pytest.skip(f"iptables-{kind} is not installed")
+    run(
+        f"iptables-{kind}",
+        "-A",
+        "FORWARD",
+        "-p",
+        "tcp",
+        "--dport",
+        "1",
+        "-m",
+        "comment",
+        "--comment",
+        "x",
+        "-j",
+        "DROP",
+    )
+    run(f"iptables-{kind}", "-t", "nat", "-N", "KUBE-SERVICES")
+    run(f"ip6tables-{kind}", "-P", "FORWARD", "DROP")
+    told = live(capsys, "10.96.0.47:80")
+    assert [cause["kind"] for cause in told.answer["causes"]] == ["other-proxy"]
+    assert "KUBE-SERVICES" in told.answer["causes"][0]["words"]
+    run(f"iptables-{kind}", "-P", "FORWARD", "DROP")
+    [dropping] = [each for each in live(capsys, "10.96.0.47:80").answer["causes"] if each["kind"] == "forward-drop"]
+    shown = subprocess.run(dropping["next"].split(), capture_output=True, text=True, check=True).stdout
+    assert "drop" in shown.lower()
+    run(f"iptables-{kind}", "-N", "SLUICE-FORWARD")
+    assert [each["kind"] for each in live(capsys, "10.96.0.47:80").answer["causes"]] == ["other-proxy"]
+
+
+def test_tables_of_legacy_iptables_are_not_made_by_looking_at_them(node, capsys):
+    live(capsys, "10.96.0.47:80")
+    for name in ("ip_tables_names", "ip6_tables_names"):
+        names = Path("/proc/thread-self/net", name)
+        assert not names.exists() or names.read_text() == ""
 
 
 def test_a_forward_chain_of_the_other_family_is_in_nobodys_way(node, capsys):

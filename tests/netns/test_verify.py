@@ -6,7 +6,9 @@ The agent here is the real process, fed from manifests, in a network namespace o
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +21,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from proxy import agent_socket
+from bench.cluster import Cluster
+from bench.manifests import write_json
+from proxy import agent_socket, verify
 from proxy.agent_socket import AgentError
+from proxy.config.load import load as configure
 from proxy.dump import Filter, raw_lines
 from rules.diff import compare, lines
 from rules.forwarding import (
@@ -66,6 +71,8 @@ from tests.netns.isolation import own_network_namespace
 pytestmark = pytest.mark.netns
 
 ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "tests" / "data" / "explain" / "cluster.yaml"
+FLAGS = [("proxy-mode", "nftables"), ("cluster-cidr", "10.244.0.0/16"), ("hostname-override", "node1")]
 DEADLINE = 20.0
 
 # --- every kind of drift -------------------------------------------------------------------------------------------
@@ -435,12 +442,13 @@ MANIFESTS: list[dict[str, Any]] = [
 class Agent:
     """`sluice run` in the namespace of the calling thread, and verbs that ask it."""
 
-    def __init__(self, directory: Path, policy: str) -> None:
+    def __init__(self, directory: Path, policy: str, manifests: Path | None = None) -> None:
         self.run_directory = str(directory / "run")
         self.log = directory / "log"
-        self.manifests = directory / "objects.json"
-        self.manifests.write_bytes(msgspec.json.encode({"apiVersion": "v1", "kind": "List", "items": MANIFESTS}))
-        self.flags = ["--proxy-mode", "nftables", "--cluster-cidr", "10.244.0.0/16", "--hostname-override", "node1"]
+        self.manifests = manifests or directory / "objects.json"
+        if manifests is None:
+            self.manifests.write_bytes(msgspec.json.encode({"apiVersion": "v1", "kind": "List", "items": MANIFESTS}))
+        self.flags = [f"--{name}={value}" for name, value in FLAGS]
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         own = ["--manifests", str(self.manifests), "--run-directory", self.run_directory, "--drift-policy", policy]
         # Nothing but a doubt makes it sync before the tests are over.
@@ -458,6 +466,20 @@ class Agent:
 
     def status(self) -> Any:
         return agent_socket.status(self.run_directory)
+
+    @contextlib.contextmanager
+    def held_still(self) -> Iterator[None]:
+        """Keep it from doing anything, and from noticing time."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def healed(self, repairs: int) -> bool:
+        """Whether it has repaired drift so many times, and has nothing left to do."""
+        syncs = self.syncs()
+        return bool(syncs.drift_repairs == repairs and not syncs.pending)
 
     def syncs(self, family: str = "IPv4") -> Any:
         return next(each.syncs for each in self.status().families if each.family == family)
@@ -501,6 +523,71 @@ def agent(root: None, policy: str, tmp_path: Path) -> Iterator[Agent]:
 
 def nft(*arguments: str) -> None:
     subprocess.run(["nft", *arguments], check=True)
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_verify_finds_every_drift_and_the_agent_heals_it(edit: Edit, root: None, tmp_path: Path) -> None:
+    with own_network_namespace(), contextlib.ExitStack() as stack:
+        subprocess.run(["ip", "address", "add", "192.168.50.11/32", "dev", "lo"], check=True)
+        agent = Agent(tmp_path, "repair", CLUSTER)
+        stack.callback(agent.stop)
+        dataplane = stack.enter_context(contextlib.closing(NftablesDataplane(Family.IPV4)))
+        stranger = stack.enter_context(contextlib.closing(Stranger(Family.IPV4)))
+        wanted = agent_socket.table(Family.IPV4, agent.run_directory).table
+        options = configure(FLAGS).settings
+        repairs = 0
+
+        # Fewer than the agent answers without a pause.
+        @settings(max_examples=4, database=None)
+        @given(choices, st.lists(st.tuples(st.sampled_from(EDITS), choices), max_size=2))
+        def check(choice: Choice, more: list[tuple[Edit, Choice]]) -> None:
+            nonlocal repairs
+            before = stranger.fingerprint()
+            with agent.held_still():
+                for each, chosen in ((edit, choice), *more):
+                    with contextlib.suppress(NothingThereError, NetlinkError, TransactionError):
+                        each(stranger, chosen)
+                changed = stranger.fingerprint() != before
+                told = io.StringIO()
+                code = verify.main(options, str(CLUSTER), "text", out=told)
+                assert code == int(changed), told.getvalue()
+            assume(changed)
+            repairs += 1
+            agent.until(lambda: agent.healed(repairs))
+            assert dataplane.read() == wanted
+            assert verify.main(options, str(CLUSTER), "text", out=io.StringIO()) == 0
+
+        check()
+        assert repairs
+
+
+def test_drift_among_ten_thousand_services_is_healed_by_what_it_takes(root: None, tmp_path: Path) -> None:
+    """The time it takes is a row of `make bench`."""
+    cluster = Cluster(10_000, 4)
+    with own_network_namespace(), contextlib.ExitStack() as stack:
+        agent = Agent(tmp_path, "repair", write_json(cluster, tmp_path))
+        stack.callback(agent.stop)
+        dataplane = stack.enter_context(contextlib.closing(NftablesDataplane(Family.IPV4)))
+        stranger = stack.enter_context(contextlib.closing(Stranger(Family.IPV4)))
+        wanted = agent_socket.table(Family.IPV4, agent.run_directory).table
+        assert len(wanted.routes) == cluster.services
+        element, intruder = stranger.elements(names.CLUSTER_IPS)[5000], Element(bytes([10, 9, 9, 9]))
+        backends = next(iter(ENDPOINT_MAPS.values()))
+        backend = stranger.elements(backends)[5000]
+        other = backend._replace(data=bytes([backend.data[0] ^ 1]) + backend.data[1:])
+        removal = delete_elements(Family.IPV4, TABLE, names.CLUSTER_IPS, [element.key])
+        addition = add_elements(Family.IPV4, TABLE, names.CLUSTER_IPS, [intruder])
+        drifts: dict[str, tuple[Callable[[], None], range]] = {
+            "removed": (lambda: stranger.do(*removal), range(1, 2)),
+            "added": (lambda: stranger.do(*addition), range(1, 2)),
+            "changed": (lambda: stranger.replace(backends, backend, other), range(1, 3)),
+            "everything": (lambda: stranger.do(delete_table(Family.IPV4, TABLE)), range(3 * cluster.services, 1 << 20)),
+        }
+        for number, (what, (drift, operations)) in enumerate(drifts.items(), 1):
+            drift()
+            agent.until(lambda number=number: agent.healed(number))  # type: ignore[misc]
+            assert dataplane.read() == wanted, what
+            assert agent.syncs().last.operations in operations, what
 
 
 # As many as the agent repairs without a pause.

@@ -389,5 +389,5 @@ def test_verdicts_in_words():
     share = Share(backend=Backend(parse_address(HERE), 80), probability=1.0, masqueraded=False)
     assert verdict(Reaches(shares=(share,), affinity=0)) == f"goes to {HERE}:80, its source kept"
     assert verdict(Rejected(Why.NO_ENDPOINTS)) == "is refused (ICMP port unreachable)"
-    assert verdict(Dropped(Why.UNALLOCATED)) == "is dropped in silence"
-    assert verdict(Untouched(Why.NO_FRONTEND)) == "goes on as it came"
+    assert verdict(Dropped(Why.UNALLOCATED)) == "is dropped (the client hears nothing)"
+    assert verdict(Untouched(Why.NO_FRONTEND)) == "goes on unchanged"

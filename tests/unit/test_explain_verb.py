@@ -33,59 +33,17 @@ from rules.forwarding import (
     Family,
     ForwardingTable,
     InputInterface,
-    Kind,
     NodeFacts,
     Protocol,
-    Route,
-    SourcePrefix,
     parse_address,
-    parse_prefix,
 )
 from tests import strategies
 from tests.builders import at, backends, view
+from tests.fakes.held import HELD, NODE, means
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "tests" / "data" / "explain" / "cluster.yaml"
 OPTIONS = ("--proxy-mode=nftables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16")
-
-HELD = ForwardingTable(
-    family=Family.IPV4,
-    node=NodeFacts(detector=SourcePrefix(parse_prefix("10.244.0.0/16"))),
-    routes={
-        at("10.96.0.41:80"): Route(
-            kind=Kind.CLUSTER_IP, backends=backends("10.244.1.11", "10.244.2.11"), label="default/web:http"
-        ),
-        at("*:30001"): Route(
-            kind=Kind.NODE_PORT, backends=backends("10.244.1.11", "10.244.2.11"), label="default/web:http"
-        ),
-    },
-)
-NODE = Surroundings(
-    addresses=frozenset(map(parse_address, ["192.168.0.2", "127.0.0.1"])),
-    node_ips={Family.IPV4: parse_address("192.168.0.2")},
-    forwarding={Family.IPV4: True},
-    conntrack=(10, 1000),
-)
-
-
-class Held:
-    """A dataplane that holds a table of IPv4."""
-
-    def __init__(self, table: ForwardingTable | None) -> None:
-        self._table = table
-
-    def read(self) -> ForwardingTable | None:
-        return self._table
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def means(node: Surroundings = NODE, table: ForwardingTable | None = HELD) -> Means:
-    return Means(
-        open_dataplane=lambda _, family: Held(table if family is Family.IPV4 else None),  # type: ignore[arg-type,return-value]
-        look=lambda *_: node,
-    )
 
 
 def live(capsys, target: str, client: str = "", *, node: Surroundings = NODE) -> tuple[int, dict[str, Any]]:
@@ -204,6 +162,8 @@ def node(**changes: Any) -> Surroundings:
 
 
 FORWARD = ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True)
+OTHERS = ForeignChain("ip", "nat", "KUBE-SVC-X", forwards=False, drops=False)
+ACCEPTS = ForeignChain("ip", "filter", "SLUICE-FORWARD", forwards=False, drops=False)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +172,15 @@ FORWARD = ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True)
         (node(forwarding={Family.IPV4: False}), "ip-forward", 1),
         (node(chains=(FORWARD,)), "forward-drop", 0),
         (node(chains=(FORWARD._replace(family="inet", table="mine"),)), "forward-drop", 0),
+        (node(chains=(FORWARD._replace(legacy=True),)), "forward-drop", 0),
         (node(legacy_tables=("filter", "nat")), "legacy-forward", 0),
         (node(strict_rp_filter=("eth0",)), "rp-filter", 0),
         (node(conntrack=(960, 1000)), "conntrack-full", 0),
         (node(conntrack=(1000, 1000)), "conntrack-full", 1),
         (node(ipvs=True), "other-proxy", 0),
         (node(chains=(ForeignChain("ip", "kube-proxy", "services", forwards=False, drops=False),)), "other-proxy", 0),
-        (node(chains=(ForeignChain("ip", "nat", "KUBE-SVC-X", forwards=False, drops=False),)), "other-proxy", 0),
+        (node(chains=(OTHERS,)), "other-proxy", 0),
+        (node(chains=(OTHERS._replace(legacy=True),)), "other-proxy", 0),
     ],
 )
 def test_what_stands_in_the_way_beside_our_rules(around, kind, code, capsys):
@@ -236,6 +198,8 @@ def test_what_stands_in_the_way_beside_our_rules(around, kind, code, capsys):
         node(chains=(FORWARD._replace(family="ip6"),)),
         node(chains=(FORWARD._replace(family="ip", name="INPUT", forwards=False),)),
         node(chains=(ForeignChain("ip", "filter", "KUBE-FIREWALL", forwards=False, drops=False),)),
+        node(chains=(FORWARD, ACCEPTS)),
+        node(chains=(FORWARD._replace(legacy=True), ACCEPTS._replace(legacy=True))),
         node(forwarding={Family.IPV6: False}),
         node(legacy_tables=("nat",)),
     ],
@@ -405,6 +369,7 @@ def test_what_is_wanted_and_not_held_does_not_work(agent, capsys):
     assert [(cause["kind"], cause["certain"]) for cause in found["causes"]] == [("drift", True)]
     code, data = ask_agent(capsys, table=held, live=True)
     assert (code, data["source"], data["answers"][0]["outcome"]["is"]) == (1, "kernel", "untouched")
+    assert [cause["kind"] for cause in data["answers"][0]["causes"]] == ["drift"]
     assert data["answers"][0]["disagreements"]
 
 

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from proxy import cli
+from proxy.config.settings import Settings
+from proxy.explain import verb
+from proxy.explain.gather import Where
+from proxy.explain.surroundings import ForeignChain
+from rules.forwarding import Family
+from tests.fakes.held import NODE, means
 
 DATA = Path(__file__).parents[1] / "data" / "explain"
 OPTIONS = ("--proxy-mode=nftables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16")
@@ -24,6 +31,10 @@ ANSWERS = {
     "policy-local-from-the-node": (0, "192.168.50.11:30003", "--from=node"),
     "no-slices": (1, "default/nobody"),
     "no-such-target-port": (1, "default/misnamed"),
+    "slices-without-ports": (1, "default/portless"),
+    "empty-slices": (1, "default/scaled-down"),
+    "no-selector-and-no-slices": (1, "default/forgotten"),
+    "policy-local-none-ready-here": (1, "default/sick-here"),
     "none-ready": (1, "10.96.0.46:80", "--from=10.244.1.12"),
     "slices-of-the-other-family": (1, "default/handmade"),
     "source-range-blocks": (1, "203.0.113.47:80", "--from=203.0.113.200"),
@@ -37,9 +48,33 @@ ANSWERS = {
     "node-port-on-loopback": (1, "127.0.0.1:30001", "--from=node"),
     "no-frontend": (1, "198.51.100.7:443"),
     "headless": (1, "default/headless"),
+    "external-name": (1, "default/elsewhere"),
     "no-such-service": (1, "default/nothing"),
     "no-such-port": (1, "default/web:8080"),
 }
+
+FORWARD = ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True)
+SERVICES = ForeignChain("ip", "nat", "KUBE-SERVICES", forwards=False, drops=False)
+NODES = {
+    "node-that-is-in-order": (0, NODE),
+    "node-that-does-not-forward": (1, msgspec.structs.replace(NODE, forwarding={Family.IPV4: False})),
+    "forward-policy-drop": (
+        0,
+        msgspec.structs.replace(NODE, chains=(FORWARD, FORWARD._replace(legacy=True), FORWARD._replace(family="ip6"))),
+    ),
+    "legacy-iptables-unread": (0, msgspec.structs.replace(NODE, legacy_tables=("filter",))),
+    "other-proxy": (
+        0,
+        msgspec.structs.replace(
+            NODE,
+            chains=(SERVICES, SERVICES._replace(name="KUBE-NODEPORTS"), SERVICES._replace(legacy=True)),
+            ipvs=True,
+        ),
+    ),
+    "conntrack-full": (1, msgspec.structs.replace(NODE, conntrack=(1000, 1000))),
+    "strict-rp-filter": (0, msgspec.structs.replace(NODE, strict_rp_filter=("eth0", "eth1"))),
+}
+"""What is beside the rules of the node that is asked about `10.96.0.41:80`, from a pod of it."""
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -50,5 +85,13 @@ def test_the_words(name, capsys, monkeypatch):
     assert capsys.readouterr().out == (DATA / f"{name}.txt").read_text()
 
 
+@pytest.mark.parametrize("name", NODES)
+def test_the_words_about_the_node(name, capsys):
+    code, node = NODES[name]
+    where = Where(live=True, run_directory="/nonexistent")
+    assert verb.main("10.96.0.41:80", "10.244.1.12", where, Settings(), means=means(node)) == code
+    assert capsys.readouterr().out == (DATA / f"{name}.txt").read_text()
+
+
 def test_every_file_is_an_answer():
-    assert {path.stem for path in DATA.glob("*.txt")} == set(ANSWERS)
+    assert {path.stem for path in DATA.glob("*.txt")} == {*ANSWERS, *NODES}

@@ -25,6 +25,7 @@ from proxy.report import (
     Syncs,
     Trouble,
     Unselected,
+    Unserved,
 )
 from proxy.runner import Periods
 from proxy.selection import Reason
@@ -133,6 +134,7 @@ def test_an_agent_with_everything_that_can_be_wrong() -> None:
         troubles=(Trouble(origin="compute", subject="Service b/bad", reason="spec.clusterIP: no\naddress"),),
         contested=(Contested(frontend="10.96.0.2:80/TCP", winner="b/old", losers=("b/new", "c/newer")),),
         unselected=(Unselected(service="b/lost", selector="app=x"),),
+        unserved=(Unserved(family="IPvZ", reason="this kernel lacks the expression fib"),),
         notes=("something to know",),
     )
     assert (
@@ -161,6 +163,7 @@ IPvX       a sync is due; 240 frontends in nftables
                - is missing
 IPvY       LATE: a sync has been waiting too long; 240 frontends in nftables
            last sync 3 s ago: partial, 4 operations in 4.2 ms
+IPvZ       not served: this kernel lacks the expression fib
 trouble    Service b/bad: spec.clusterIP: no\\naddress
 contested  10.96.0.2:80/TCP belongs to Service b/old; b/new, c/newer would be next
 no slices  Service b/lost selects pods by app=x, and nothing says which they are: add an EndpointSlice with the label \

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm import initramfs, kernels
+from tests.vm.__main__ import main
 from tests.vm.initramfs import Entry, archive, load_order
 from tests.vm.kernels import Package, candidate, is_stock, matching
 from tests.vm.machine import BROKEN, TIMED_OUT, Counts, Machine, Verdict, counts, script, settings, tail, verdict
@@ -192,6 +193,17 @@ def test_settings_are_shell():
 
 
 # --- how it ended ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "code"), [([], 2), (["--if-available"], 0)])
+def test_a_machine_that_cannot_have_its_packages_says_so_in_one_line(options, code, monkeypatch, capsys):
+    def fail() -> None:
+        raise kernels.KernelError("cannot install qemu-system-x86: no network")
+
+    monkeypatch.setattr(kernels, "install_programs", fail)
+    assert main([*options, "true"]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("cannot install qemu-system-x86: no network")
 
 
 def test_the_commands_exit_code_counts_whatever_else_happened():

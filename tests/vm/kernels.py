@@ -26,7 +26,11 @@ _PROGRAMS = {
     "ip": "iproute2",
     "ps": "procps",
 }
-_APT = ("apt-get", "-qq", "-o", "Dpkg::Use-Pty=0", "-o", "APT::Sandbox::User=root")
+_APT = (
+    *("apt-get", "-qq", "-o", "Dpkg::Use-Pty=0", "-o", "APT::Sandbox::User=root"),
+    # A machine without a network is told from one with a slow one before anybody loses patience.
+    *("-o", "Acquire::http::Timeout=30", "-o", "Acquire::https::Timeout=30", "-o", "Acquire::Retries=1"),
+)
 
 
 class KernelError(Exception):
