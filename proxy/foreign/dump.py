@@ -1,0 +1,37 @@
+"""`sluice dump` of another proxy's rules: by Service, as of our own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from proxy.dump import Filter
+from proxy.foreign.sources import PROXY, Found, from_files, from_node
+from proxy.output import Format, Shown, select, write
+from rules.dataplane import DataplaneError
+from rules.foreign.gathering import ForeignError
+
+Read = Callable[[], Sequence[Found]]
+
+
+def main(files: Sequence[str], format_: Format, wanted: Filter, *, read: Read = from_node) -> int:
+    """Print what files of rules hold, or without any this node; 0, 1 if nothing is what was asked for, 2 on failure."""
+    try:
+        found = from_files(files) if files else list(read())
+    except (ForeignError, DataplaneError) as error:
+        sys.stderr.write(f"sluice dump: {error}\n")
+        return 2
+    asked = wanted != Filter()
+    shown = []
+    for each in found:
+        table = select(each.reading.table, wanted.admits) if asked else each.reading.table
+        where = f" ({each.where})" if len(files) > 1 else ""
+        shown.append(Shown(f"{each.title}{where}", table))
+    write(shown, format_)
+    if not shown:
+        sys.stderr.write(f"sluice dump: {PROXY} has no rules in this network namespace\n")
+        return 1 if asked else 0
+    if asked and not any(each.table.routes for each in shown):
+        sys.stderr.write("sluice dump: no frontend is what was asked for\n")
+        return 1
+    return 0

@@ -1,0 +1,212 @@
+"""`sluice explain` of another proxy's rules: what becomes of a connection by what they hold.
+
+Objects stand beside them where they are known (of manifests, or of an agent that runs here too): then every difference
+between what is wanted and what the rules do to this connection is told.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from proxy.agent_socket import AgentError, NoAgentError
+from proxy.config.settings import Settings
+from proxy.explain.agent import ask
+from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_client
+from proxy.explain.evidence import Cluster, Evidence, of_this_node
+from proxy.explain.surroundings import Surroundings, look
+from proxy.explain.verb import tell
+from proxy.foreign import wanted
+from proxy.foreign.sources import PROXY, Files, Found, from_files, from_node, without_them
+from proxy.foreign.wanted import CannotTellError
+from proxy.node import Interfaces
+from rules.dataplane import DataplaneError
+from rules.foreign.comparison import as_held_by
+from rules.foreign.gathering import ForeignError, Reading
+from rules.forwarding import Address, Endpoint, Family, ForwardingTable, family_of
+
+Read = Callable[[Iterable[Family]], Sequence[Found]]
+Readings = dict[Family, Found]
+
+
+class Where(msgspec.Struct, frozen=True, kw_only=True):
+    """Where rules and objects are looked for."""
+
+    files: Files = Files("", ())
+    node_addresses: tuple[Address, ...] = ()
+    """Of the node that saved rules are of; empty: its Node object says them, or its rules for node ports."""
+    configured: bool = False
+    """Whether the settings are the proxy's own.  Otherwise the node's facts are taken from its rules."""
+
+
+class Means(msgspec.Struct, frozen=True):
+    """How this node is read."""
+
+    read: Read = from_node
+    look: Callable[..., Surroundings] = look
+
+
+def main(
+    target: str,
+    client: str,
+    where: Where,
+    settings: Settings,
+    *,
+    interface: str = "",
+    as_json: bool = False,
+    means: Means = Means(),  # noqa: B008  # frozen
+) -> int:
+    """Answer a question on standard output; 0 it works, 1 it does not, 2 usage or nobody could tell.
+
+    The arguments are those of `proxy.explain.verb.main`.
+    """
+    try:
+        asked, who = parse_asked(target), parse_client(client, interface)
+        evidence = gather(where, settings, asked, who, means)
+    except (ValueError, CannotTellError, ForeignError, DataplaneError) as error:
+        sys.stderr.write(f"sluice explain: {error}\n")
+        return 2
+    return tell(asked, who, evidence, as_json=as_json)
+
+
+def gather(where: Where, settings: Settings, asked: Asked, client: Client, means: Means) -> Evidence:
+    """The evidence for a question.
+
+    Raises:
+        CannotTellError: manifests cannot be read.
+        DataplaneError: a program failed.
+        ForeignError: there are no rules of another proxy, or none that can be read.
+        ValueError: something makes no sense.
+    """
+    if isinstance(asked, AskedAddress) and client.address is not None and len(client.address) != len(asked.address):
+        raise ValueError(f"--from is {family_of(client.address).label}, and {asked} is not")
+    if where.files.rules:
+        return _of_files(where, settings, asked)
+    return _of_this_node(where, settings, asked, client, means)
+
+
+def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
+    """By rules that were saved, of a node that may be anywhere."""
+    found = from_files(where.files.rules)
+    readings, problems = _one_each(found)
+    evidence = of_this_node(_tables(readings), Surroundings())
+    addresses = where.node_addresses
+    cluster: Cluster | None = None
+    if where.files.manifests:
+        interfaces: Interfaces | None = {"node": addresses} if addresses else None
+        manifests = _manifests(where, settings, asked, readings, interfaces)
+        cluster, addresses = manifests.cluster, addresses or tuple(manifests.local_addresses)
+        problems += manifests.problems
+        evidence = msgspec.structs.replace(evidence, node_ips=manifests.node_ips)
+    addresses = addresses or _node_port_addresses(found)
+    return msgspec.structs.replace(
+        evidence,
+        words=f"{_title(readings)}, saved in {', '.join(where.files.rules)}",
+        surroundings=None,
+        local_addresses=frozenset(addresses),
+        node_ips={**_first_of_each(addresses), **evidence.node_ips},
+        cluster=_as_held(cluster, readings, configured=where.configured),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client, means: Means) -> Evidence:
+    """By the rules in this node's kernel."""
+    destination = asked.address if isinstance(asked, AskedAddress) else None
+    ends = [each for each in (client.address, destination) if each is not None]
+    families = tuple({family_of(each) for each in ends}) or tuple(Family)
+    readings, problems = _one_each(means.read(families))
+    if not readings:
+        raise ForeignError(f"{PROXY} has no rules in this network namespace")
+    evidence = of_this_node(_tables(readings), without_them(means.look(*ends)))
+    cluster: Cluster | None = None
+    if where.files.manifests:
+        interfaces = {"node": tuple(sorted(evidence.local_addresses))}
+        manifests = _manifests(where, settings, asked, readings, interfaces)
+        cluster = manifests.cluster
+        problems += manifests.problems
+    else:
+        try:
+            known = ask(asked, families, settings.run_directory)
+        except NoAgentError:
+            pass
+        except AgentError as error:
+            problems.append(f"{error}: the rules alone are explained")
+        else:
+            cluster = known.cluster if known.here else None
+    return msgspec.structs.replace(
+        evidence,
+        words=f"{_title(readings)} on this node",
+        cluster=_as_held(cluster, readings, configured=where.configured),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def _manifests(
+    where: Where, settings: Settings, asked: Asked, readings: Readings, interfaces: Interfaces | None
+) -> Evidence:
+    """What manifests come to where the proxy runs in the mode of its rules."""
+    from proxy.explain.manifests import from_manifests  # noqa: PLC0415  # YAML, which others do without
+
+    objects = wanted.of_manifests(where.files.manifests)
+    told = wanted.in_mode_of(settings, next(iter(readings.values())).reading)
+    return from_manifests(objects.loaded, told, socket.gethostname(), asked, interfaces=interfaces)
+
+
+def _as_held(cluster: Cluster | None, readings: Readings, *, configured: bool) -> Cluster | None:
+    """What is wanted in the words of the rules, and without what only all Services together can tell."""
+    if cluster is None:
+        return None
+    tables = dict(cluster.wanted)
+    for family in tables.keys() & readings.keys():
+        reading = readings[family].reading
+        told = as_held_by(reading, tables[family], configured=configured)
+        ports = reading.table.node.health_check_ports
+        node = msgspec.structs.replace(told.node, health_check_ports=ports)
+        hairpins = told.hairpins | (reading.table.hairpins - _endpoints(told))
+        tables[family] = msgspec.structs.replace(told, node=node, hairpins=hairpins)
+    return msgspec.structs.replace(cluster, wanted=tables)
+
+
+def _endpoints(table: ForwardingTable) -> set[Endpoint]:
+    """All endpoints of a table's routes."""
+    return {
+        Endpoint(backend.address, frontend.protocol, backend.port)
+        for frontend, route in table.routes.items()
+        for backend in route.backends | (route.local_backends or frozenset())
+    }
+
+
+def _one_each(found: Sequence[Found]) -> tuple[Readings, list[str]]:
+    """Of each family the rules with most frontends, and what is left out."""
+    chosen: Readings = {}
+    problems: list[str] = []
+    for each in sorted(found, key=lambda each: -len(each.reading.table.routes)):
+        first = chosen.setdefault(each.reading.table.family, each)
+        if first is not each:
+            family = each.reading.table.family.label
+            problems.append(f"{family}: {first.title} are explained, and there are its {each.dataplane} rules too")
+    return chosen, problems
+
+
+def _title(readings: Readings) -> str:
+    return next(iter(readings.values())).title
+
+
+def _tables(readings: Readings) -> dict[Family, ForwardingTable]:
+    return {family: each.reading.table for family, each in readings.items()}
+
+
+def _node_port_addresses(found: Iterable[Found]) -> tuple[Address, ...]:
+    readings: Iterable[Reading] = (each.reading for each in found)
+    return tuple(sorted(address for each in readings for address in each.table.node.node_port_addresses or ()))
+
+
+def _first_of_each(addresses: Iterable[Address]) -> dict[Family, Address]:
+    first: dict[Family, Address] = {}
+    for address in addresses:
+        first.setdefault(family_of(address), address)
+    return first

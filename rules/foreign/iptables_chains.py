@@ -1,0 +1,302 @@
+"""The chains that kube-proxy's iptables mode makes for one Service: lists, entries, endpoints (IPT-4).  Pure.
+
+A chain is read once, whichever frontends lead to it: what it does is a sequence of steps, and perhaps a list to pick
+from at its end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from socket import inet_pton
+from typing import NamedTuple
+
+import msgspec
+
+from rules.foreign.gathering import NODE, Condition, Conditions, Picks, parse_port
+from rules.foreign.saved import Chains, Options, SavedRule
+from rules.forwarding import (
+    Backend,
+    Detector,
+    Endpoint,
+    Family,
+    Frontend,
+    InputInterface,
+    InputInterfacePrefix,
+    Prefix,
+    Protocol,
+    SourcePrefix,
+    parse_prefix,
+)
+
+MARK_MASQ = "KUBE-MARK-MASQ"
+MARK_DROP = "KUBE-MARK-DROP"
+"""The kubelet's: older versions send those there whom source ranges don't admit."""
+SEP, SVC, SVL, EXT, XLB, FW = (f"KUBE-{name}-" for name in ("SEP", "SVC", "SVL", "EXT", "XLB", "FW"))
+OWN = (SEP, SVC, SVL, EXT, XLB, FW)
+"""Chains of one Service each; XLB is what EXT was called before 1.24."""
+LOOPBACK = parse_prefix("127.0.0.0/8")
+
+_RECENT = frozenset({"--mask", "--rsource"})
+_TOLERANCE = 2e-9
+"""iptables keeps a probability as a 31-bit fraction, and kube-proxy prints ten decimals (IPT-21)."""
+_BACKEND = re.compile(r"\[?([^\s\]]+)\]?:(\d{1,5})")
+
+
+class Way(NamedTuple):
+    """A rule of an entry that marks a connection, or leads it on."""
+
+    conditions: Conditions
+    source: Prefix | None
+    """A network that is admitted, in a chain of source ranges."""
+    frontend: Frontend | None
+    """The one that it is for; None: all that lead here."""
+    to: str | None
+    """A chain, or None for the mark."""
+
+
+class Entry(msgspec.Struct):
+    """What a chain of a Service does."""
+
+    ways: list[Way] = []
+    drops: bool = False
+    """Whether it ends in a drop."""
+    picks: Picks | None = None
+    """What it picks from, if it does."""
+
+
+class _Served(NamedTuple):
+    """An endpoint's chain."""
+
+    endpoint: Endpoint
+    hairpin: bool
+    recent: str
+    """The name of its list of clients; empty without affinity."""
+
+
+class ServiceChains:
+    """The chains of Services in the nat table, read as they are asked for."""
+
+    def __init__(self, chains: Chains, family: Family, complain: Callable[[str], None]) -> None:
+        self._chains = chains
+        self._family = family
+        self._complain = complain
+        self._prefixes: dict[str, Prefix] = {}
+        """Networks that were read before: the same ones stand in the chains of all Services."""
+        self._entries: dict[str, Entry | None] = {}
+        self._served: dict[str, _Served | None] = {}
+        self.hairpins: set[Endpoint] = set()
+        self.endpoints = 0
+        """How many were picked, in all lists."""
+
+    @property
+    def unserved(self) -> list[str]:
+        """Chains that nobody asked for."""
+        return sorted(
+            name
+            for name in self._chains
+            if name.startswith(OWN) and name not in self._entries and name not in self._served
+        )
+
+    def entry(self, name: str) -> Entry | None:
+        """What a chain does; None: it is not there."""
+        if name not in self._entries:
+            rules = self._chains.get(name)
+            self._entries[name] = None if rules is None else self._read(name, rules)
+        return self._entries[name]
+
+    def frontend(self, options: Options, *, node_port: bool = False) -> Frontend | None:
+        """The frontend that options ask for, which are taken out; None: none that makes sense."""
+        text = "" if node_port else options.pop("-d", "")
+        try:
+            protocol = Protocol[options.pop("-p", "").upper()]
+            port = parse_port(options.pop("--dport", ""))
+            return Frontend(b"" if node_port else self._host(text), protocol, port)
+        except (KeyError, ValueError, OSError):
+            return None
+
+    def conditions(self, options: Options) -> tuple[Conditions, Prefix | None]:
+        """On whom a rule depends, by options that are taken out; and the network of sources that it admits, if any.
+
+        Raises:
+            ValueError: its network is none of this family.
+        """
+        for name, inside in (("-s", True), ("!-s", False)):
+            if (text := options.pop(name, None)) is not None:
+                prefix = self._prefixes.get(text)
+                if prefix is None:
+                    prefix = self._prefixes[text] = parse_prefix(text)
+                if len(prefix.address) != self._family.address_bytes:
+                    raise ValueError(text)
+                return (Condition(SourcePrefix(prefix), inside),), prefix if inside else None
+        for name, inside in (("-i", True), ("!-i", False)):
+            if (text := options.pop(name, None)) is not None:
+                return (Condition(_interface(text), inside),), None
+        if options.get("--src-type") == "LOCAL":
+            del options["--src-type"]
+            return (NODE,), None
+        return (), None
+
+    def _host(self, text: str) -> bytes:
+        address, _, length = text.partition("/")
+        packed = inet_pton(self._family.af, address)
+        if length and length != str(len(packed) * 8):
+            raise ValueError(text)
+        return packed
+
+    # --- entries and lists ---------------------------------------------------------------------------------------
+
+    def _read(self, name: str, rules: list[SavedRule]) -> Entry:
+        entry = Entry([])
+        chances: list[tuple[str, str | None]] = []
+        clients: dict[str, str] = {}
+        for rule in rules:
+            target = rule.target
+            if target.startswith(SEP):
+                self._read_pick(name, rule, chances, clients)
+            elif (chances or clients) and rule.options and target != MARK_DROP:
+                self._complain(f"{name} has a rule behind those that pick a backend: {rule.text}")
+            elif target == MARK_DROP and len(rule.options) == 1:
+                entry.drops = True
+            elif rule.options and not self._read_way(name, rule, entry):
+                self._complain(f"{name} has a rule that is not understood: {rule.text}")
+        if chances or clients or name.startswith((SVC, SVL)):
+            entry.picks = self._picks(name, chances, clients)
+        return entry
+
+    def _read_way(self, name: str, rule: SavedRule, entry: Entry) -> bool:
+        options = dict(rule.options)
+        target = options.pop("-j", "")
+        if target != MARK_MASQ and not target.startswith(OWN):
+            return False
+        frontend = None
+        if "-d" in options:
+            frontend = self.frontend(options)
+            if frontend is None:
+                return False
+        try:
+            conditions, source = self.conditions(options)
+        except ValueError:
+            return False
+        if not name.startswith(FW):
+            source = None
+        elif source is not None:
+            conditions = ()
+        if options:
+            return False
+        entry.ways.append(Way(conditions, source, frontend, None if target == MARK_MASQ else target))
+        return True
+
+    def _read_pick(
+        self, name: str, rule: SavedRule, chances: list[tuple[str, str | None]], clients: dict[str, str]
+    ) -> None:
+        options = dict(rule.options)
+        target = options.pop("-j")
+        if "--rcheck" in options:
+            asked = {each: options.pop(each, "") for each in ("--rcheck", "--reap", "--seconds", "--name")}
+            served = self._endpoint(target)
+            understood = options.keys() <= _RECENT and asked["--seconds"].isdecimal() and len(asked["--seconds"]) < 10
+            if understood and served is not None and not chances:
+                if asked["--name"] != served.recent:
+                    self._complain(f"{name} asks for clients of {target} where they are not remembered")
+                clients[target] = asked["--seconds"]
+                return
+        elif not options:
+            chances.append((target, None))
+            return
+        elif options.keys() == {"--mode", "--probability"} and options["--mode"] == "random":
+            chances.append((target, options["--probability"]))
+            return
+        self._complain(f"{name} has a rule that is not understood: {rule.text}")
+
+    def _picks(self, name: str, chances: list[tuple[str, str | None]], clients: dict[str, str]) -> Picks:
+        served = [each for target, _ in chances if (each := self._endpoint(target)) is not None]
+        endpoints = {each.endpoint for each in served}
+        backends = frozenset(Backend(each.address, each.port) for each in endpoints)
+        if fault := _imbalance([chance for _, chance in chances]):
+            self._complain(f"{name} does not share its connections evenly: {fault}")
+        elif len(endpoints) < len(served):
+            self._complain(f"{name} has an endpoint more than once, and so does not share its connections evenly")
+        if len(served) < len(chances):
+            for target, _ in chances:
+                if self._endpoint(target) is None:
+                    self._complain(f"{name} leads to {target}, which leads nowhere")
+        if clients and clients.keys() != {target for target, _ in chances}:
+            self._complain(f"{name} does not remember the clients of all its endpoints")
+        timeouts = set(map(int, clients.values()))
+        if len(timeouts) > 1:
+            self._complain(f"{name} remembers clients for different times")
+        self.endpoints += len(endpoints)
+        return Picks(backends, max(timeouts, default=0), frozenset(each.protocol for each in endpoints))
+
+    # --- endpoints -----------------------------------------------------------------------------------------------
+
+    def _endpoint(self, name: str) -> _Served | None:
+        if name not in self._served:
+            rules = self._chains.get(name)
+            served = None if rules is None else self._read_endpoint(name, rules)
+            self._served[name] = served
+            if served is not None and served.hairpin:
+                self.hairpins.add(served.endpoint)
+        return self._served[name]
+
+    def _read_endpoint(self, name: str, rules: list[SavedRule]) -> _Served | None:
+        endpoint: Endpoint | None = None
+        marked: set[bytes] = set()
+        recent = ""
+        for rule in rules:
+            options = dict(rule.options)
+            target = options.pop("-j", "")
+            if endpoint is None and target == MARK_MASQ and options.keys() == {"-s"}:
+                try:
+                    marked.add(self._host(options["-s"]))
+                except (ValueError, OSError):
+                    self._complain(f"{name} has a rule that is not understood: {rule.text}")
+            elif endpoint is None and target == "DNAT" and (found := self._dnat(options)) is not None:
+                endpoint, recent = found
+            elif rule.options:
+                self._complain(f"{name} has a rule that is not understood: {rule.text}")
+        if endpoint is None:
+            return None
+        if marked - {endpoint.address}:
+            self._complain(f"{name} masquerades the connections of others than its endpoint")
+        if endpoint.address not in marked:
+            self._complain(f"{name} does not masquerade the connections of its endpoint to itself")
+        return _Served(endpoint, endpoint.address in marked, recent)
+
+    def _dnat(self, options: Options) -> tuple[Endpoint, str] | None:
+        """What a rule translates to, and the list in which it remembers clients."""
+        hit = _BACKEND.fullmatch(options.pop("--to-destination", ""))
+        recent = ""
+        if "--set" in options:
+            del options["--set"]
+            recent = options.pop("--name", "")
+            for each in _RECENT:
+                options.pop(each, None)
+        try:
+            protocol = Protocol[options.pop("-p", "").upper()]
+            if hit is None or options:
+                return None
+            return Endpoint(inet_pton(self._family.af, hit[1]), protocol, parse_port(hit[2])), recent
+        except (KeyError, ValueError, OSError):
+            return None
+
+
+def _interface(text: str) -> Detector:
+    return InputInterfacePrefix(text[:-1]) if text.endswith("+") else InputInterface(text)
+
+
+def _imbalance(chances: list[str | None]) -> str:
+    """What is wrong with the chances of a cascade, of which each is asked once those before it said no (TRF-3)."""
+    left = len(chances)
+    for number, text in enumerate(chances):
+        wanted = 1 / (left - number)
+        try:
+            chance = 1.0 if text is None else float(text)
+        except ValueError:
+            return f"{text} is no probability"
+        if text is None and number < left - 1:
+            return f"nothing gets past the pick number {number + 1} of {left}"
+        if not abs(chance - wanted) <= _TOLERANCE + wanted * 1e-6:
+            return f"pick number {number + 1} of {left} takes {chance:.4f} of what gets there, and not {wanted:.4f}"
+    return ""

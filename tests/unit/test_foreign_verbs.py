@@ -1,0 +1,244 @@
+"""dump, explain and verify of another proxy's rules, from files and with objects from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ryaml
+
+from proxy import cli
+from proxy.config.settings import Settings
+from proxy.foreign import choice, verify, wanted
+from proxy.foreign.sources import Files, from_files, sort_files
+from proxy.foreign.wanted import CannotTellError
+from tests.builders import networks
+from tests.fakes.apiserver import FakeApiServer
+
+RECORDING = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2"
+OBJECTS = str(RECORDING / "objects.yaml")
+IPTABLES, IP6TABLES, NFT = (
+    str(RECORDING / name) for name in ("iptables.iptables-save", "iptables.ip6tables-save", "nftables.nft")
+)
+NODE1 = ("--hostname-override", "node1", "--bind-address", "192.168.50.11")
+
+
+def sluice(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments), name="sluice")
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def edited(tmp_path: Path, pattern: str, replacement: str, name: str = IPTABLES) -> str:
+    text, count = re.subn(pattern, replacement, Path(name).read_text(), flags=re.MULTILINE)
+    assert count
+    file = tmp_path / "rules"
+    file.write_text(text)
+    return str(file)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
+    renamed = tmp_path / "objects.yaml"
+    renamed.write_text(Path(NFT).read_text())
+    assert sort_files([OBJECTS, str(renamed), IPTABLES]) == Files(OBJECTS, (str(renamed), IPTABLES))
+    assert sort_files([str(tmp_path)]) == Files(str(tmp_path), ()), "a directory is of manifests"
+    assert sort_files(["-"]) == Files("-", ())
+    with pytest.raises(ValueError, match="takes one file or directory"):
+        sort_files([OBJECTS, str(RECORDING / "config.yaml")])
+
+
+def test_a_manifest_that_is_json_is_no_file_of_rules(tmp_path: Path) -> None:
+    file = tmp_path / "objects.json"
+    file.write_text(json.dumps({"kind": "List", "items": [], "note": '"nftables"'}))
+    assert sort_files([str(file)]).manifests
+
+
+def test_dump_prints_a_file_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = sluice(capsys, "dump", "-f", IPTABLES, "-f", IP6TABLES, "-o", "json")
+    assert (code, err) == (0, "")
+    assert [each["family"] for each in json.loads(out)["tables"]] == ["IPv4", "IPv6"]
+    code, out, _ = sluice(capsys, "dump", "-f", NFT, "--address", "10.244.1.13")
+    assert code == 0
+    assert "default/ext" in out
+    assert "default/web" not in out
+
+
+def test_dump_reads_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path(IPTABLES).read_bytes())))
+    code, out, _ = sluice(capsys, "dump", "-f", "-", "--service", "sticky")
+    assert code == 0
+    assert "affinity 600s" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["dump", "-f", OBJECTS], f"sluice dump: {OBJECTS}: it is not what iptables-save"),
+        (["dump", "-f", "/nonexistent"], "sluice dump: /nonexistent: No such file or directory"),
+        (["dump", "-f", NFT, "-o", "raw"], "-o raw shows rules of sluice"),
+        (["verify", "-f", NFT], "give manifests with -f too"),
+        (["verify", "-f", NFT, "-f", "/nonexistent"], "/nonexistent"),
+        (["verify", "--of", "sluice", "--kubeconfig", "/nonexistent"], "--of kube-proxy"),
+        (["explain", "-f", NFT, "10.96.30.1:80", "--from", "fd00::1"], "--from is IPv6"),
+        (["explain", "-f", NFT, "10.96.30.1"], ""),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = sluice(capsys, *arguments)
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+
+
+# --- explain -----------------------------------------------------------------------------------------------------
+
+
+def test_explain_goes_by_saved_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = sluice(capsys, "explain", "-f", IPTABLES, "10.96.30.8:80", "--from", "10.244.1.13")
+    assert (code, err) == (0, "")
+    assert f"kube-proxy's iptables rules, saved in {IPTABLES}" in out
+    assert "10.244.1.13 counts as a local pod" in out
+    assert "gets the backend that it had" in out
+    code, out, _ = sluice(capsys, "explain", "-f", NFT, "203.0.113.30:80", "--from", "192.0.2.99")
+    assert code == 1
+    assert "is dropped" in out
+
+
+def test_explain_says_where_saved_rules_differ_from_the_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = sluice(capsys, "explain", "-f", IPTABLES, "-f", OBJECTS, *NODE1, "default/np")
+    assert code == 0
+    assert "on node2" in out, "the objects know the nodes"
+    assert "NOT what is wanted" not in out
+    rules = edited(tmp_path, r"^-A KUBE-SERVICES -d 10.96.30.4/32.*\n", "")
+    _, out, _ = sluice(capsys, "explain", "-f", rules, "-f", OBJECTS, *NODE1, "default/np")
+    assert "10.96.30.4:80/TCP is wanted, and the kernel does not have it" in out
+
+
+def test_explain_knows_the_addresses_of_a_node_that_is_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("explain", "-f", IPTABLES, "192.168.50.11:31080")
+    code, _, _ = sluice(capsys, *arguments)
+    assert code == 1, "nobody said that this is an address of the node"
+    for more in (("--node-addresses", "192.168.50.11"), ("-f", OBJECTS, *NODE1)):
+        code, out, _ = sluice(capsys, *arguments, *more)
+        assert code == 0, out
+
+
+# --- verify ------------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_what_saved_rules_lack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = edited(tmp_path, r"^-A KUBE-NODEPORTS .*--dport 31080.*\n", "")
+    code, out, err = sluice(capsys, "verify", "-f", rules, "-f", OBJECTS, *NODE1)
+    assert code == 1
+    assert "  default/np  NodePort *:31080/TCP\n    - is missing" in out
+    assert f"+ in {rules})" in out
+    assert "the files have no rules of IPv6: it is not compared" in err
+    code, out, _ = sluice(capsys, "verify", "-f", rules, "-f", OBJECTS, *NODE1, "-o", "json")
+    value = json.loads(out)
+    assert (code, value["equal"], value["families"][0]["dataplane"]) == (1, False, "kube-proxy's iptables rules")
+
+
+def test_verify_compares_the_nodes_facts_where_the_configuration_is_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("verify", "-f", IP6TABLES, "-f", OBJECTS, *NODE1)
+    code, _, _ = sluice(capsys, *arguments)
+    assert code == 0
+    code, out, _ = sluice(capsys, *arguments, "--cluster-cidr", "fd00:999::/32")
+    assert code == 1
+    assert "- local pods: sources in fd00:999::/32" in out
+    code, _, err = sluice(capsys, *arguments, "--proxy-mode", "nftables")
+    assert code == 0
+    assert "mode nftables is configured, and the rules are of mode iptables" in err
+
+
+@contextmanager
+def api_server(objects: list[dict[str, Any]]) -> Iterator[str]:
+    """A server in a thread of its own; its URL."""
+    loop = asyncio.new_event_loop()
+    ready: list[str] = []
+    started, over = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        async with FakeApiServer() as server:
+            for each in objects:
+                server.set(each)
+            ready.append(server.url)
+            started.set()
+            await over.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert started.wait(30)
+    try:
+        yield ready[0]
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(30)
+        loop.close()
+
+
+def recorded_objects() -> list[dict[str, Any]]:
+    text = Path(OBJECTS).read_text()
+    items: list[dict[str, Any]] = ryaml.loads(text)["items"]  # type: ignore[attr-defined]  # as in its stub
+    return items
+
+
+def test_the_api_server_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    with api_server(recorded_objects()) as url:
+        code, out, err = sluice(capsys, "verify", "-f", IP6TABLES, "--master", url, *NODE1)
+        assert code == 0, out + err
+        assert f"equal to what {url} wants, 3 frontends" in out
+        code, out, _ = sluice(capsys, "verify", "-f", IPTABLES, "--master", url, *NODE1)
+    assert code == 1
+    assert "1 frontend extra, 1 hairpin" in out, "default/kubernetes, which this server does not have"
+
+
+def test_an_api_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wanted, "PATIENCE", 0.2)
+    settings = Settings(master="http://127.0.0.1:9")
+    with pytest.raises(CannotTellError, match="has not listed everything within 0 s"):
+        wanted.of_api_server(settings, "node1")
+
+
+def test_rules_of_two_modes_are_both_compared_and_told() -> None:
+    both = [*from_files([NFT]), *from_files([IPTABLES, IP6TABLES])]
+    asked = verify.Asked(Files(OBJECTS, ()), configured=False)
+    settings = Settings(
+        hostname_override="node1", bind_address="192.168.50.11", cluster_cidrs=networks("10.244.0.0/16")
+    )
+    comparison = verify._Comparison(asked, settings, lambda: both)
+    verified = comparison.run()
+    assert len(verified) == 4
+    assert "kube-proxy has rules in iptables and in nftables: all of them act" in comparison.notes
+
+
+# --- whose rules are meant ---------------------------------------------------------------------------------------
+
+
+def test_whose_rules_are_meant_is_what_somebody_says() -> None:
+    assert choice.another_is_meant("kube-proxy", "dump", None)
+    assert not choice.another_is_meant("sluice", "dump", None)
+
+
+def test_without_a_word_the_others_rules_are_read_only_where_there_are_none_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("proxy.modes.present", lambda: ())
+    for tables, another in (({"kube-proxy"}, True), ({"kube-proxy", "sluice"}, False), ({"sluice"}, False)):
+        monkeypatch.setattr(choice, "nft_tables", lambda tables=tables: frozenset(tables))
+        assert choice.another_is_meant(None, "dump", None) is another
+        assert ("its rules are read" in capsys.readouterr().err) is another
