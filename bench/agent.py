@@ -41,7 +41,15 @@ class Agent:
     """`sluice run` of a checkout, from start to end of a `with` block."""
 
     def __init__(
-        self, checkout: Path, directory: Path, source: Source, *, period: str | None = SMALLEST, marks: bool = False
+        self,
+        checkout: Path,
+        directory: Path,
+        source: Source,
+        *,
+        mode: str = "nftables",
+        period: str | None = SMALLEST,
+        marks: bool = False,
+        run_directory: Path | None = None,
     ) -> None:
         """Of a checkout of Sluice.
 
@@ -49,25 +57,35 @@ class Agent:
             checkout: where its packages are.
             directory: for configuration and log.
             source: of its objects.
+            mode: the proxy mode.
             period: minSyncPeriod; None: the default.
             marks: whether to note when it writes to the kernel.
+            run_directory: where its socket is; None: the default.
         """
         config = {
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",
-            "mode": "nftables",
+            "mode": mode,
             "hostnameOverride": NODE,
             "clientConnection": {"kubeconfig": str(source.kubeconfig or "")},
-            "nftables": {"minSyncPeriod": period} if period else {},
+            mode: {"minSyncPeriod": period} if period else {},
             "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
         }
-        (directory / "config.yaml").write_bytes(msgspec.json.encode(config))
+        # By itself, as it is in a node's /etc: the agent watches the directory, and must not be woken by its own log.
+        config_file = directory / "etc" / "config.yaml"
+        config_file.parent.mkdir(exist_ok=True)
+        config_file.write_bytes(msgspec.json.encode(config))
         self.log = directory / "agent.log"
         self._checkout = checkout
-        self._command = [sys.executable, "-m", "proxy", "run", "--config", str(directory / "config.yaml")]
+        self._command = [sys.executable, "-m", "proxy", "run", "--config", str(config_file)]
         if source.manifests:
             self._command += ["--manifests", str(source.manifests)]
-        self._environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        if run_directory:
+            self._command += ["--run-directory", str(run_directory)]
+        # Bytecode is kept, as that of an installed program is, whatever the shell says; the first run compiles.
+        unwanted = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
+        self._environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+        self._environment["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
         self._marks: mmap.mmap | None = None
         if marks:
             path = directory / "marks"
@@ -118,6 +136,11 @@ class Agent:
         """The CPU time that it has used, without that of its children, in seconds."""
         # The kernel's name for the CPU clock of another process (see clock_getcpuclockid).
         return time.clock_gettime(~self._process.pid << 3 | 2)
+
+    def children_cpu(self) -> float:
+        """The CPU time of the programs that it ran, in seconds."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")
 
     def usage(self) -> Usage:
         """What it holds in memory now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,16 +42,20 @@ def save(found: Results, path: Path) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(found)))
 
 
-def table(found: Results) -> str:
-    """The run as text; figures beyond their target are marked."""
-    programs = list(found.rows[0].values) if found.rows else []
+def table(found: Results, *, programs: Sequence[str] = (), unit: str = " endpoints") -> str:
+    """The run as text; figures beyond their target are marked.
+
+    Columns are the checkouts or programs that were measured, those of the first row unless they are named; `unit` goes
+    behind the headings.
+    """
+    programs = programs or (list(found.rows[0].values) if found.rows else [])
     lines = [f"{found.time}  {found.machine}"]
     cluster = ""
     for row in found.rows:
         if row.cluster != cluster:
             cluster = row.cluster
             heads = "".join(f"{program:>12}" for program in programs)
-            lines += ["", f"{f'{cluster} endpoints':<52}{heads}{'target':>10}"]
+            lines += ["", f"{f'{cluster}{unit}':<52}{heads}{'target':>10}"]
         values = "".join(f"{_figure(row.values.get(program)):>12}" for program in programs)
         target = "" if row.target is None else f"{_figure(row.target):>10}"
         missed = row.target is not None and row.values[programs[0]] > row.target

@@ -13,7 +13,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -62,7 +62,7 @@ class Start(NamedTuple):
 
 
 @contextlib.contextmanager
-def _synced(place: Place, cluster: Cluster, agent: Agent) -> Iterator[tuple[Agent, Start]]:
+def synced(place: Place, cluster: Cluster, agent: Agent) -> Iterator[tuple[Agent, Start]]:
     """An agent whose first sync is done."""
     place.listener.drain()
     with agent:
@@ -99,7 +99,7 @@ current-context: bench
 def first_sync(place: Place, cluster: Cluster, source: Source) -> Start:
     """A first sync of a node that holds nothing."""
     kernel.remove_tables()
-    with _synced(place, cluster, Agent(place.checkout, place.directory, source)) as (_, start):
+    with synced(place, cluster, Agent(place.checkout, place.directory, source)) as (_, start):
         return start
 
 
@@ -111,7 +111,7 @@ def health_wait(place: Place, cluster: Cluster, source: Source) -> float:
     prober = threading.Thread(target=_probe_health, args=(done, waits))
     prober.start()
     try:
-        with _synced(place, cluster, Agent(place.checkout, place.directory, source)):
+        with synced(place, cluster, Agent(place.checkout, place.directory, source)):
             pass
     finally:
         done.set()
@@ -280,7 +280,7 @@ def session(
     kernel.remove_tables()
     source = from_server(place.directory, server.url)
     agent = Agent(place.checkout, place.directory, source, period=period, marks=True)
-    with _synced(place, cluster, agent):
+    with synced(place, cluster, agent):
         time.sleep(1)
         usage = agent.usage()
         running = _Running(place, cluster, server, agent, pause)
@@ -303,7 +303,7 @@ def session(
     return Session(changes, burst, connects, usage.rss, usage.uss, at_end.uss)
 
 
-def _connects(cluster: Cluster, samples: int = 300) -> Connects:
+def _connects(cluster: Cluster) -> Connects:
     """Connections to an endpoint itself, and to it through the first Service and through the last."""
     last = cluster.services - 1
     targets = [
@@ -311,6 +311,11 @@ def _connects(cluster: Cluster, samples: int = 300) -> Connects:
         (cluster.cluster_ip(0), PORT),
         (cluster.cluster_ip(last), PORT),
     ]
+    return Connects(*connect_times(targets))
+
+
+def connect_times(targets: Sequence[tuple[str, int]], samples: int = 300) -> list[Spread]:
+    """How long connections to each of some addresses take, made in turns."""
     taken: list[list[float]] = [[] for _ in targets]
     with socket.create_server(("0.0.0.0", TARGET_PORT)) as listener:  # noqa: S104  # all endpoints, see `kernel`
         for _ in range(samples):
@@ -321,4 +326,4 @@ def _connects(cluster: Cluster, samples: int = 300) -> Connects:
                     client.connect(target)
                     samples_of.append(time.perf_counter() - start)
                     listener.accept()[0].close()
-    return Connects(*map(Spread.of, taken))
+    return [*map(Spread.of, taken)]

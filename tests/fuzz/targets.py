@@ -1,0 +1,143 @@
+"""Decoders as functions of bytes, each of which may raise nothing but its own error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from proxy.objects import KINDS, ObjectError, decode_json
+from proxy.sources.manifest_objects import FileError, parse
+from proxy.sources.wire import Lines, WireError, decode_event, decode_page, decode_status, head
+from proxy.sources.yaml_json import YamlError, to_json
+from rules.foreign.detect import readings
+from rules.foreign.gathering import ForeignError
+from rules.forwarding import Family
+from rules.iptables import decode as iptables_decode
+from rules.iptables import text as iptables_text
+from rules.netlink import conntrack
+from rules.netlink.attributes import DecodeError, messages
+from rules.nftables import objects as nftables_objects
+from rules.nftables.layout import TABLE
+from rules.nftables.messages import Element, add_elements, decode_elements
+from rules.nftables.userdata import parse_comment, parse_set_comment
+
+_DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+def api_objects(data: bytes) -> None:
+    """An object of each kind."""
+    for kind in KINDS:
+        with contextlib.suppress(ObjectError):
+            decode_json(kind, data)
+
+
+def api_stream(data: bytes) -> None:
+    """What an API server writes: a list, the lines of a watch, a refusal."""
+    decode_status(data)
+    head(data)
+    with contextlib.suppress(WireError):
+        decode_page(data)
+    with contextlib.suppress(WireError):
+        for line in Lines().feed(data):
+            decode_event(line)
+
+
+def manifest_json(data: bytes) -> None:
+    """A manifest that is JSON."""
+    with contextlib.suppress(FileError):
+        parse("fuzz.json", data, lambda each: each)
+
+
+def manifest_yaml(data: bytes) -> None:
+    """A manifest that is YAML."""
+    with contextlib.suppress(FileError):
+        parse("fuzz.yaml", data, _yaml)
+
+
+def _yaml(data: bytes) -> bytes:
+    try:
+        return to_json(data.decode())
+    except UnicodeDecodeError as error:
+        raise YamlError(str(error)) from None
+
+
+def netlink_nftables(data: bytes) -> None:
+    """A dump of nftables: messages, and every kind of object that they may hold."""
+    decoders: tuple[Callable[[bytes], object], ...] = (
+        nftables_objects.decode_table,
+        nftables_objects.decode_chain,
+        nftables_objects.decode_rule,
+        nftables_objects.decode_set,
+        lambda payload: decode_elements([payload]),
+        parse_comment,
+        parse_set_comment,
+    )
+    payloads = [data]
+    with contextlib.suppress(DecodeError):
+        payloads += [message.payload for message in messages(data)]
+    for payload in payloads:
+        for decode in decoders:
+            with contextlib.suppress(DecodeError):
+                decode(payload)
+
+
+def netlink_conntrack(data: bytes) -> None:
+    """An entry of connection tracking."""
+    with contextlib.suppress(DecodeError):
+        flow = conntrack.decode(data, 0, len(data))
+        if flow is not None:
+            conntrack.delete_one_request(Family.IPV4 if len(flow.source) == 4 else Family.IPV6, flow)
+
+
+def iptables_save(data: bytes) -> None:
+    """What iptables-save prints, ours among it or not."""
+    with contextlib.suppress(iptables_text.TextError):
+        saved = iptables_text.parse(data.decode(errors="replace"))
+        for family in Family:
+            iptables_decode.decode(saved, family)
+
+
+def foreign_rules(data: bytes) -> None:
+    """Rules of kube-proxy in any of the forms that files have."""
+    with contextlib.suppress(ForeignError):
+        readings(data)
+
+
+TARGETS: Mapping[str, Callable[[bytes], None]] = {
+    each.__name__: each
+    for each in (
+        *(api_objects, api_stream, manifest_json, manifest_yaml),
+        *(netlink_nftables, netlink_conntrack, iptables_save, foreign_rules),
+    )
+}
+
+
+def seeds(name: str) -> list[bytes]:
+    """Inputs to begin with: real ones, as far as there are recordings."""
+    recordings = _DATA / "kube-proxy-v1.36.2"
+    match name:
+        case "api_objects" | "api_stream" | "manifest_json":
+            found = json.loads((_DATA / "api-server-v1.36.json").read_text())
+            return [each.encode() for each in _texts(found) if each.lstrip().startswith("{")][:50]
+        case "manifest_yaml":
+            return [each.read_bytes() for each in sorted((_DATA.parents[1] / "examples").rglob("*.yaml"))]
+        case "iptables_save" | "foreign_rules":
+            files = [each for each in sorted(recordings.rglob("*")) if each.is_file() and each.stat().st_size < 1 << 16]
+            return [each.read_bytes() for each in files]
+        case "netlink_nftables":
+            element = Element(b"\x0a\x60\0\1\x06\0\0\0\0\x50\0\0", b"\0\1\0\0", "ns/web:http")
+            return [message[16:] for message in add_elements(Family.IPV4, TABLE, "frontends", [element])]
+        case _:
+            return []
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [json.dumps(value), *(text for each in value.values() for text in _texts(each))]
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    return []
