@@ -18,6 +18,7 @@ import msgspec
 
 from proxy.demo.world import World
 from proxy.modes import open_dataplane
+from rules.dataplane import Capabilities
 from rules.forwarding import Backend, Family, ForwardingTable, Frontend, parse_address
 from rules.forwarding import Protocol as Transport
 from tests.netns.patience import TIME_SCALE
@@ -66,6 +67,8 @@ class Agent:
         self.families = (Family.IPV4, Family.IPV6) if world.ipv6 else (Family.IPV4,)
         self.log = directory / "agent.log"
         self.run_directory = directory / "run"
+        self.code: Path | None = None
+        """Where the program is that runs; None: in this checkout."""
         self._directory = directory
         self._feed: Feed = feed or ManifestFeed(directory / "manifests")
         self._config: dict[str, Any] | None = None
@@ -86,7 +89,8 @@ class Agent:
         """Start the agent with the configuration that it had."""
         (self._directory / "config.yaml").write_bytes(msgspec.json.encode(self._config))
         with self.log.open("ab") as log:
-            self._process = self.world.start("node1", self.command(), stdout=log, stderr=subprocess.STDOUT)
+            options = {"stderr": subprocess.STDOUT, "cwd": self.code}
+            self._process = self.world.start("node1", self.command(), stdout=log, **options)
 
     def command(self) -> list[str]:
         """The agent's command line."""
@@ -164,6 +168,33 @@ class Agent:
 
         return self.world.namespaces["node1"].inside(inside)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the mode's dataplane can do."""
+
+        def inside() -> Capabilities:
+            dataplane = open_dataplane(self.mode, self.families[0])
+            try:
+                return dataplane.capabilities
+            finally:
+                dataplane.close()
+
+        return self.world.namespaces["node1"].inside(inside)
+
+    def sweep(self) -> None:
+        """Stop the agent, and remove what it would have left in the kernel and as processes."""
+        self.stop()
+
+        def inside() -> None:
+            for family in self.families:
+                dataplane = open_dataplane(self.mode, family)
+                try:
+                    dataplane.cleanup()
+                finally:
+                    dataplane.close()
+
+        self.world.namespaces["node1"].inside(inside)
+
     def tail(self) -> str:
         """The end of the agent's log."""
         return "\n".join(self.log.read_text().splitlines()[-30:]) if self.log.exists() else ""
@@ -188,7 +219,8 @@ def _standard_config(mode: str) -> dict[str, Any]:
         "hostnameOverride": "node1",
         "clusterCIDR": "10.244.0.0/16,fd00:244::/32",
         # Changes act at once (0s would mean the default), and the node's connection tracking limits stay as they are.
-        mode: {"minSyncPeriod": "1ms", "syncPeriod": "30s"},
+        # Modes without a section of their own go by that of iptables.
+        (mode if mode == "nftables" else "iptables"): {"minSyncPeriod": "1ms", "syncPeriod": "30s"},
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,11 +13,25 @@ from proxy.demo import namespaces
 from proxy.demo.world import World
 from tests.netns.agent import Agent
 
+CAPABILITIES = ("source_address", "sctp")
+"""What scenarios may need and a mode may lack; its tests say how many probes that concerns."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/netns/" in str(item.path):
             item.add_marker("netns")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many probes were left out, or not looked at wholly, for want of a capability (DESIGN 6)."""
+    lacking: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name in CAPABILITIES:
+                lacking[name] += value
+    for name, probes in lacking.items():
+        terminalreporter.write_line(f"{probes} probes beyond the capability {name}")
 
 
 @pytest.fixture(scope="session")
@@ -43,4 +59,6 @@ def agent(world: World, mode: str, tmp_path_factory: pytest.TempPathFactory) -> 
     """The agent on node1 of this worker's cluster."""
     agent = Agent(world, tmp_path_factory.mktemp(f"agent-{os.getpid()}"), mode)
     yield agent
+    if mode == "userspace":
+        agent.sweep()  # workers outlive the agent, and would outlive the world
     agent.stop()

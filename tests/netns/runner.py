@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from proxy.demo.probes import Outcome, Probe, Server
 from proxy.demo.world import World
+from rules.dataplane import Capabilities
 from tests.netns.agent import Agent
 from tests.netns.judge import first_round, judge, owner_of
 from tests.netns.patience import TIME_SCALE
@@ -14,6 +16,7 @@ from tests.netns.scapy_probes import probe_sctp
 from tests.scenarios.explaining import live, wrong_answer
 from tests.scenarios.schema import (
     CLUSTER,
+    EVERYTHING,
     Answered,
     Case,
     Manifest,
@@ -21,6 +24,7 @@ from tests.scenarios.schema import (
     Silent,
     Step,
     after,
+    beyond,
     cases,
     key_of,
     manifests,
@@ -44,6 +48,8 @@ def run(scenario: Scenario, agent: Agent) -> None:
     try:
         for number, step in enumerate(scenario.steps, start=1):
             objects = after(objects, step)
+            if not agent.capabilities.source_address:
+                agent.world.probes.shut()  # a listener of the node's own would keep a Service from its place
             if step.restart:
                 agent.stop()
                 agent.publish(objects.values())
@@ -51,7 +57,7 @@ def run(scenario: Scenario, agent: Agent) -> None:
                 agent.wait()
             else:
                 agent.apply(objects.values())
-            wrong = probe_step(step, objects.values(), agent.world, agent.mode)
+            wrong = probe_step(step, objects.values(), agent.world, agent.mode, agent.capabilities)
             wrong += explain_step(step, agent)
             assert not wrong, _report(f"{scenario.name}, step {number} {step.about}".rstrip(), wrong, agent)
     except BaseException:
@@ -62,12 +68,15 @@ def run(scenario: Scenario, agent: Agent) -> None:
     agent.expect_empty(base.values())
 
 
-def probe_step(step: Step, objects: Iterable[Manifest], world: World, mode: str) -> list[str]:
+def probe_step(
+    step: Step, objects: Iterable[Manifest], world: World, mode: str, can: Capabilities = EVERYTHING
+) -> list[str]:
     """What is not as expected among the probes of a step, in the objects that it leads to."""
-    wanted = [case for group in step.probes for case in cases(group, mode)]
+    wanted = [case for group in step.probes for case in cases(group, mode, can)]
+    relayed = not can.source_address
     if not world.ipv6:
         wanted = [case for case in wanted if ":" not in case.target.address]
-    world.probes.open([*backends(objects), *_owners(wanted)])
+    world.probes.open([*backends(objects), *_owners(wanted, relayed=relayed)])
     outcomes: dict[int, list[Outcome]] = {number: [] for number in range(len(wanted))}
     wrong = []
     due = {number: first_round(case) for number, case in enumerate(wanted)}
@@ -75,7 +84,7 @@ def probe_step(step: Step, objects: Iterable[Manifest], world: World, mode: str)
         probes = [_probe(wanted[number], count) for number, count in due.items()]
         for number, found in zip(due, _connect(world, probes), strict=True):
             outcomes[number] += found
-        judgements = {number: judge(wanted[number], outcomes[number]) for number in due}
+        judgements = {number: judge(wanted[number], outcomes[number], relayed=relayed) for number in due}
         wrong += [judgement.wrong for judgement in judgements.values() if judgement.wrong]
         due = {number: judgement.more for number, judgement in judgements.items() if judgement.more}
     return wrong
@@ -84,7 +93,7 @@ def probe_step(step: Step, objects: Iterable[Manifest], world: World, mode: str)
 def explain_step(step: Step, agent: Agent) -> list[str]:
     """What `sluice explain` says otherwise of a step's probes, by what node1's kernel holds and nothing else."""
     tables = [table for family in agent.families if (table := agent.read(family)) is not None]
-    wanted = [case for group in step.probes for case in cases(group, agent.mode)]
+    wanted = [case for group in step.probes for case in cases(group, agent.mode, agent.capabilities)]
     if not agent.world.ipv6:
         wanted = [case for case in wanted if ":" not in case.target.address]
     evidence = live(tables)
@@ -138,15 +147,28 @@ def backends(objects: Iterable[Manifest]) -> Iterator[Server]:
                         yield Server(owner_of(address), protocol, "", port["port"])
 
 
-def _owners(wanted: Iterable[Case]) -> Iterator[Server]:
-    """Whoever owns an address listens where a packet must come through untouched."""
+def _owners(wanted: Iterable[Case], *, relayed: bool = False) -> Iterator[Server]:
+    """Whoever owns an address listens where a packet must come through untouched.
+
+    So he does where the node is to refuse in a way that others could too.
+    """
     for case in wanted:
         if isinstance(case.expect, Answered) or case.target.protocol == "SCTP":
             continue
+        loopback = ipaddress.ip_address(case.target.address).is_loopback
+        host = case.host if loopback else owner_of(case.target.address)
         if case.expect.how == "untouched":
-            loopback = ipaddress.ip_address(case.target.address).is_loopback
-            host = case.host if loopback else owner_of(case.target.address)
+            # Addresses of Services may be the node's too: there, no program of its own is to answer.
+            address = case.target.address if relayed and host == "node1" else ""
+            yield Server(host, case.target.protocol, address, case.target.port)
+        elif case.expect.how == "refused" and relayed and host != "node1":
             yield Server(host, case.target.protocol, "", case.target.port)
+
+
+def left_out(scenario: Scenario, agent: Agent) -> Counter[str]:
+    """How many probes are not looked at, or not wholly, by the capability that the dataplane lacks for them."""
+    groups = (group for step in scenario.steps for group in step.probes)
+    return Counter(each for group in groups for each in beyond(group, agent.mode, agent.capabilities))
 
 
 def _is_address(text: str) -> bool:

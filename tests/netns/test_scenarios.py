@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.netns.agent import Agent
-from tests.netns.runner import run
+from tests.netns.runner import left_out, run
 from tests.scenarios.schema import Scenario, files, in_order, load
 
 SMOKE = frozenset(
@@ -43,11 +45,13 @@ def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
 @pytest.mark.parametrize(
     "scenario", [pytest.param(scenario, id=name, marks=_marks(name)) for name, scenario in load_each()]
 )
-def test_scenario(scenario: Scenario | ValueError, agent: Agent) -> None:
+def test_scenario(scenario: Scenario | ValueError, agent: Agent, record_property: Callable[[str, int], None]) -> None:
     if isinstance(scenario, ValueError):
         raise scenario
     if scenario.header.only_modes and agent.mode not in scenario.header.only_modes:
         pytest.skip(f"the situation exists in mode {' or '.join(scenario.header.only_modes)} only")
     if "IPv4" not in scenario.header.families and not agent.world.ipv6:
         pytest.skip("the kernel is without IPv6")
+    for capability, probes in left_out(scenario, agent).items():
+        record_property(capability, probes)
     run(scenario, agent)

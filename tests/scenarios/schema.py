@@ -13,10 +13,17 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from ryaml import InvalidYamlError, loads_all  # type: ignore[attr-defined]  # its stubs don't export them
 
+from rules.dataplane import Capabilities
+
 DIRECTORY = Path(__file__).parent
 CLUSTER = DIRECTORY / "base" / "cluster.yaml"
 """The nodes and the service CIDR that every scenario has unless it says `cluster: false`."""
 REPOSITORY = DIRECTORY.parent.parent
+
+EVERYTHING = Capabilities()
+"""What nftables can, for which scenarios are written."""
+MEANS = {"userspace": "iptables"}
+"""Modes that mean what another one means, unless a probe says otherwise (DESIGN 4.10)."""
 
 _CLUSTER_SCOPED = ("Node", "ServiceCIDR")
 
@@ -195,23 +202,40 @@ def manifests(path: Path) -> list[Manifest]:
     return objects
 
 
-def cases(group: ProbeGroup, mode: str) -> Iterator[Case]:
-    """The single probes of a group, as they are expected in a mode.
+def cases(group: ProbeGroup, mode: str, can: Capabilities = EVERYTHING) -> Iterator[Case]:
+    """The single probes of a group, as they are expected in a mode whose dataplane can do so much.
+
+    What it cannot carry at all is left out.  Where it cannot keep sources, the backends of everybody see the node.
 
     Raises:
         ValueError: a target or an expectation cannot be read.
     """
-    expect = group.modes[mode].expect if mode in group.modes else group.expect
+    meant = next((each for each in (mode, MEANS.get(mode)) if each in group.modes), None)
+    expect = group.modes[meant].expect if meant is not None else group.expect
     wanted = Silent(how=expect) if isinstance(expect, str) else expect  # type: ignore[arg-type]  # checked below
     if isinstance(wanted, Silent) and wanted.how not in ("refused", "dropped", "untouched"):
         raise ValueError(f"expect: {expect} is not refused, dropped, untouched or a mapping with backends")
+    if isinstance(wanted, Answered) and not can.source_address:
+        wanted = msgspec.structs.replace(wanted, source="masqueraded")
     for client in _listed(group.from_):
         host, _, source = client.partition("@")
         for text in _listed(group.to):
             target = parse_target(text)
+            if target.protocol == "SCTP" and not can.sctp:
+                continue
             if source and ipaddress.ip_address(source).version != ipaddress.ip_address(target.address).version:
                 raise ValueError(f"{client} cannot reach {text}: another family")
             yield Case(host, source, group.source_port, target, wanted)
+
+
+def beyond(group: ProbeGroup, mode: str, can: Capabilities) -> Iterator[str]:
+    """What of a group's probes is not looked at because a dataplane cannot do it: the capability, once for each."""
+    told = {str(each.target): each for each in cases(group, mode, can)}
+    for case in cases(group, mode):
+        if case.target.protocol == "SCTP" and not can.sctp:
+            yield "sctp"
+        elif isinstance(case.expect, Answered) and case.expect != told[str(case.target)].expect:
+            yield "source_address"
 
 
 def parse_target(text: str) -> Target:
