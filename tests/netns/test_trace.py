@@ -1,0 +1,266 @@
+"""`sluice trace` on a node with real connections: what it says is what the probes saw, and it leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.demo.probes import Probe
+from proxy.demo.world import World
+from rules.forwarding import Family
+from rules.netlink.transaction import NetfilterSocket
+from rules.nftables.trace import SAMPLE, Listener, Wanted, trace_table
+from tests.netns.agent import DEADLINE, Agent
+from tests.netns.asking import dropped, eventually, nft
+from tests.netns.isolation import own_network_namespace
+from tests.netns.runner import ANSWER, backends
+from tests.scenarios.schema import CLUSTER, Manifest, manifests
+
+CLUSTER_IP, NODE_PORT, BALANCER, EMPTY = "10.96.6.11", 30061, "203.0.113.61", "10.96.6.12"
+EMPTY_PORT, CLUSTER_IP6 = 30062, "fd00:10:96::611"
+BACKENDS = ("10.244.1.11", "10.244.2.11")
+
+
+def service(name: str, **spec: Any) -> Manifest:
+    whole = {"ipFamilies": ["IPv4"], "ports": [{"port": 80}], **spec, "clusterIPs": [spec["clusterIP"]]}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"}, "spec": whole}
+
+
+def objects() -> list[Manifest]:
+    seen = service(
+        "seen",
+        type="LoadBalancer",
+        clusterIP=CLUSTER_IP,
+        ports=[{"port": 80, "nodePort": NODE_PORT}],
+        loadBalancerSourceRanges=["192.0.2.0/24"],
+    )
+    slices = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "seen-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "seen"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 80}],
+        "endpoints": [{"addresses": [each]} for each in BACKENDS],
+    }
+    names = service(
+        "names",
+        clusterIP=CLUSTER_IP6,
+        ipFamilies=["IPv6"],
+        ports=[{"port": 53, "protocol": "UDP"}],
+    )
+    names_slice = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "names-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "names"}},
+        "addressType": "IPv6",
+        "ports": [{"name": "", "port": 53, "protocol": "UDP"}],
+        "endpoints": [{"addresses": ["fd00:244:1::12"]}],
+    }
+    empty = service("empty", type="NodePort", clusterIP=EMPTY, ports=[{"port": 80, "nodePort": EMPTY_PORT}])
+    balanced = {**seen, "status": {"loadBalancer": {"ingress": [{"ip": BALANCER}]}}}
+    return [*manifests(CLUSTER), balanced, slices, names, names_slice, empty]
+
+
+@pytest.fixture
+def node(agent: Agent, mode: str) -> Iterator[World]:
+    """A world whose node1 serves `seen` and `empty`; without any Service in the end."""
+    if mode != "nftables":
+        pytest.skip("other modes are not traced")
+    agent.configure({})
+    agent.world.probes.open(backends(objects()))
+    agent.apply(objects())
+    yield agent.world
+    agent.world.probes.shut()
+    agent.expect_empty(manifests(CLUSTER))
+
+
+class Trace:
+    """A running `sluice trace -o json` on node1."""
+
+    def __init__(self, world: World, directory: Path, *arguments: str) -> None:
+        self._output, self._errors = directory / "trace.out", directory / "trace.err"
+        command = [sys.executable, "-m", "proxy", "trace", "-o", "json", "--seconds", str(DEADLINE), *arguments]
+        with self._output.open("wb") as output, self._errors.open("wb") as errors:
+            self.process = world.start("node1", command, stdout=output, stderr=errors)
+        eventually(lambda: "at work" in self._errors.read_text(), "the trace")
+
+    def packets(self) -> list[dict[str, Any]]:
+        """What it has printed when it has ended by itself."""
+        assert self.process.wait(timeout=2 * DEADLINE) == 0, self._errors.read_text()
+        return [json.loads(line) for line in self._output.read_text().splitlines()]
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=DEADLINE)
+
+
+@contextlib.contextmanager
+def traced(world: World, directory: Path, *arguments: str) -> Iterator[Trace]:
+    trace = Trace(world, directory, *arguments)
+    try:
+        yield trace
+    finally:
+        trace.end()
+    assert "sluice-trace" not in nft(world, "list", "tables")
+
+
+def connect(world: World, host: str, address: str, port: int, protocol: str = "TCP") -> Any:
+    probe = Probe(host=host, address=address, port=port, protocol=protocol, timeout=ANSWER)
+    [[outcome]] = world.probes.probe(probe)
+    return outcome
+
+
+def test_a_connection_through_a_cluster_ip_goes_where_the_trace_says(node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--service", "default/seen") as trace:
+        outcome = connect(node, "p3", CLUSTER_IP, 80)
+        [packet] = trace.packets()
+    assert outcome.kind == "answered"
+    backend = packet["outcome"]["backend"]
+    assert backend == f"{ {'p1': BACKENDS[0], 'q1': BACKENDS[1]}[outcome.host] }:80"
+    assert packet["outcome"] == {
+        "is": "reaches", "why": None, "by": None, "backend": backend, "masqueraded": False
+    }  # fmt: skip
+    own = f"{outcome.local[0]}:{outcome.local[1]}"
+    assert packet["before"] == {"source": own, "destination": f"{CLUSTER_IP}:80"}
+    assert packet["after"] == {"source": own, "destination": backend}
+    assert (packet["service"].split(":")[0], packet["expected"]) == ("default/seen", True)
+    assert "services" in packet["chains"]
+
+
+def test_a_node_port_masquerades(node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--port", str(NODE_PORT)) as trace:
+        outcome = connect(node, "c", "192.168.50.11", NODE_PORT)
+        [packet] = trace.packets()
+    assert (packet["frontend"], packet["expected"]) == (f"*:{NODE_PORT}/TCP", True)
+    assert packet["outcome"]["masqueraded"] is True
+    assert packet["after"]["source"] == f"{outcome.peer[0]}:{outcome.peer[1]}"
+    assert packet["before"]["source"] == f"{outcome.local[0]}:{outcome.local[1]}"
+
+
+@pytest.mark.parametrize("host", ["p3", "node1"])
+def test_a_refused_connection_names_the_rule(host, node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--service", "empty") as trace:
+        assert connect(node, host, EMPTY, 80).refused
+        [packet] = trace.packets()
+    assert (packet["outcome"]["is"], packet["outcome"]["why"]) == ("rejected", "no-endpoints")
+    assert "of chain refuse-frontends of table ip sluice" in packet["outcome"]["by"]
+    assert packet["expected"]
+
+
+def test_a_connection_of_the_node_to_itself_is_followed_over_the_loopback_interface(node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--service", "empty") as trace:
+        assert connect(node, "node1", "192.168.50.11", EMPTY_PORT).refused
+        [packet] = trace.packets()
+    assert (packet["outcome"]["is"], packet["frontend"]) == ("rejected", f"*:{EMPTY_PORT}/TCP")
+    assert "of chain refuse-node-ports of table ip sluice" in packet["outcome"]["by"]
+    assert {"nat-output", "filter-input"} <= set(packet["chains"])
+
+
+def test_a_udp_flow_over_ipv6_is_one_packet(node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--service", "default/names") as trace:
+        outcome = connect(node, "p3", CLUSTER_IP6, 53, "UDP")
+        [packet] = trace.packets()
+    assert (outcome.kind, outcome.host) == ("answered", "p2")
+    assert packet["before"]["destination"] == f"[{CLUSTER_IP6}]:53"
+    assert packet["after"]["destination"] == packet["outcome"]["backend"] == "[fd00:244:1::12]:53"
+    assert (packet["protocol"], packet["expected"]) == ("UDP", True)
+
+
+def test_a_source_outside_the_ranges_is_dropped(node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--address", BALANCER) as trace:
+        assert dropped(node, "c", BALANCER, 80)
+        [packet] = trace.packets()
+    assert (packet["outcome"]["is"], packet["outcome"]["why"]) == ("dropped", "source-ranges")
+    assert packet["expected"]
+
+
+def test_what_rules_of_others_drop_is_laid_at_their_door(node, tmp_path):
+    nft(node, "table inet other { chain forward { type filter hook forward priority 10; tcp dport 80 drop; }; }")
+    try:
+        with traced(node, tmp_path, "-n", "1", "--service", "seen") as trace:
+            assert dropped(node, "p3", CLUSTER_IP, 80)
+            [packet] = trace.packets()
+    finally:
+        nft(node, "delete table inet other")
+    assert (packet["outcome"]["is"], packet["outcome"]["why"]) == ("dropped", "others")
+    assert "of chain forward of table inet other" in packet["outcome"]["by"]
+
+
+def test_the_kernel_bounds_the_trace_and_other_connections_are_not_seen(node, tmp_path):
+    with traced(node, tmp_path, "-n", "3", "--service", "seen", "--from", "10.244.1.13") as trace:
+        for host in ("p4", "p3", "p4", "p3", "p3", "p3"):
+            connect(node, host, CLUSTER_IP, 80)
+        packets = trace.packets()
+    assert [packet["before"]["source"].split(":")[0] for packet in packets] == ["10.244.1.13"] * 3
+
+
+def test_the_kernel_traces_so_many_packets_and_no_more(root):
+    with own_network_namespace(), NetfilterSocket() as owner, Listener() as listener:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        owner.commit(trace_table(Family.IPV4, "sluice-trace-test", Wanted(None, port=9), 2))
+        for port in (9, 10, 9, 9, 9):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"x", ("127.0.0.1", port))
+        heard = [event for event in listener.events(DEADLINE) if event.headers and event.chain == SAMPLE]
+        assert [event.headers.port for event in heard if event.headers] == [9, 9]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_of_a_trace_that_is_killed(how, node, tmp_path):
+    with traced(node, tmp_path) as trace:
+        assert "sluice-trace" in nft(node, "list", "tables")
+        assert "nftrace" in nft(node, "list", "ruleset")
+        [own] = [each for each in nft(node, "list", "tables").splitlines() if "table ip sluice-trace" in each]
+        forbidden = node.namespaces["node1"].inside(
+            lambda: subprocess.run(["nft", "delete", *own.split()], capture_output=True, check=False)
+        )
+        assert forbidden.returncode != 0
+        os.kill(trace.process.pid, how)
+        trace.process.wait(timeout=DEADLINE)
+        eventually(lambda: "nftrace" not in nft(node, "list", "ruleset"), "the end of tracing")
+        assert "sluice-trace" not in nft(node, "list", "tables")
+
+
+def test_without_rules_or_a_frontend_it_says_so(node):
+    def said(host: str, *arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "proxy", "trace", "--seconds", "0.1", *arguments]
+        done = node.namespaces[host].inside(
+            lambda: subprocess.run(command, capture_output=True, text=True, check=False)
+        )
+        return done.returncode, done.stderr
+
+    assert said("node1", "--service", "nobody") == (1, "sluice trace: no frontend is what was asked for\n")
+    assert said("node1", "--address", "fd00::1", "--from", "10.0.0.1")[0] == 1
+    code, errors = said("node2")
+    assert code == 2
+    assert errors.startswith("sluice trace: no rules of mode nftables are in the kernel")
+    assert len(errors.splitlines()) == 1
+
+
+def test_without_the_right_to_it_says_so(root):
+    with own_network_namespace():
+        command = [
+            "setpriv",
+            "--bounding-set=-net_admin",
+            "--inh-caps=-net_admin",
+            sys.executable,
+            "-m",
+            "proxy",
+            "trace",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("sluice trace: ")
+    assert "CAP_NET_ADMIN" in line
