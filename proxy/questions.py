@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,6 +49,28 @@ def _files(names: tuple[str, ...]) -> Files:
         raise click.UsageError(str(error)) from None
 
 
+def _bundle(names: tuple[str, ...]) -> str:
+    """The archive of `sluice bundle` that was given with -f; empty: none was.
+
+    Raises:
+        UsageError: one was given, and something else.
+    """
+    from proxy.foreign.sources import STANDARD_INPUT  # noqa: PLC0415  # see the head of proxy.cli
+
+    def is_bundle(name: str) -> bool:
+        path = Path(name)
+        if name == STANDARD_INPUT or not path.is_file():
+            return False
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return file.read(2) == b"\x1f\x8b"
+        return False
+
+    found = next((each for each in names if is_bundle(each)), "")
+    if found and len(names) > 1:
+        raise click.UsageError(f"{found} is a bundle, with which -f takes nothing else")
+    return found
+
+
 @click.command(short_help="What the kernel holds now, by Service.")
 @click.option("-n", "--namespace", default="", help="Services of this namespace")
 @click.option("--service", default="", metavar="[NAMESPACE/]NAME[:PORT]", help="this Service")
@@ -85,6 +109,12 @@ def dump(
     except ValueError as error:
         raise click.UsageError(f"--address: {error}") from None
     wanted = verb.Filter(namespace, service, packed, port or 0)
+    if saved := _bundle(filename):
+        from proxy import bundle_reading  # noqa: PLC0415  # likewise
+
+        if output == "raw":
+            raise click.UsageError("-o raw is of a kernel: in a bundle it stands in rules-*.txt")
+        return bundle_reading.dump(saved, output, wanted)  # type: ignore[arg-type]  # click has checked it
     from proxy.foreign import choice  # noqa: PLC0415  # likewise
 
     if filename or choice.another_is_meant(of, "dump", None):
@@ -129,6 +159,12 @@ def explain(ctx: click.Context, /, target: str, output: str, **params: Any) -> i
     from proxy.explain.gather import Where  # noqa: PLC0415  # likewise
     from proxy.foreign import choice, sources  # noqa: PLC0415  # likewise
 
+    if saved := _bundle(params["filename"]):
+        from proxy import bundle_reading  # noqa: PLC0415  # likewise
+
+        return bundle_reading.explain(
+            saved, target, params["source"], interface=params["interface"], as_json=output == "json"
+        )
     files = _files(params.pop("filename"))
     params["filename"] = files.manifests
     given = given_flags(ctx, params)
@@ -189,6 +225,10 @@ def verify(ctx: click.Context, /, filename: tuple[str, ...], output: str, of: st
     from proxy import verify as verb  # noqa: PLC0415  # see the head of proxy.cli
     from proxy.foreign import choice  # noqa: PLC0415  # likewise
 
+    if saved := _bundle(filename):
+        from proxy import bundle_reading  # noqa: PLC0415  # likewise
+
+        return bundle_reading.verify(saved, output)  # type: ignore[arg-type]  # click has checked it
     files = _files(filename)
     given = given_flags(ctx, params)
     names = {name for name, _ in given}
@@ -300,4 +340,26 @@ def trace(
     return verb.main(wanted, client, verb.Bounds(seconds, packets), as_json=output == "json")
 
 
-VERBS = (render, dump, explain, verify, doctor, status, conntrack, trace)
+@click.command(cls=GoCommand, flag_names=("config", "run-directory"), short_help="One archive for a bug report.")
+@click.option("-o", "--output", default="", metavar="FILE", help="where to [sluice-bundle-NODE-TIME.tar.gz]")
+@click.pass_context
+def bundle(ctx: click.Context, /, output: str, **params: Any) -> int:
+    """One archive for a bug report: tables, rules, objects, status, configuration, kernel facts, log.
+
+    What could be a secret is taken out; look through it all the same before you give it away.  dump, explain and
+    verify read it with -f.
+    """
+    from proxy import bundle as verb  # noqa: PLC0415  # see the head of proxy.cli
+
+    given = given_flags(ctx, params)
+
+    def configuration() -> Any:
+        from proxy.config.load import load  # noqa: PLC0415  # see the head of proxy.cli
+        from proxy.config.printed import json_with_origins  # noqa: PLC0415  # likewise
+
+        return json_with_origins(load(given).merged)
+
+    return verb.main(output, settings_of(ctx, given).run_directory, configuration)
+
+
+VERBS = (render, dump, explain, verify, doctor, status, conntrack, trace, bundle)

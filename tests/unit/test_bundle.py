@@ -1,0 +1,304 @@
+"""`sluice bundle`: what is in it, what must not be, and the verbs that read one."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import stat
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import agent_socket, bundle, bundle_reading, cli, modes
+from proxy.agent_socket import NoAgentError, TableHead, WantedTable
+from proxy.bundle import without_secrets
+from proxy.bundle_reading import BundleError, Manifest
+from proxy.objects import EndpointSlice, Service
+from proxy.report import SourceReport
+from rules.dataplane import Capabilities, Raw, RawItem, UnavailableError
+from rules.forwarding import Family, ForwardingTable
+from tests.builders import at
+from tests.fakes.held import HELD, NODE
+from tests.unit.test_status import HEALTHY
+
+PLANTED = (
+    "s3cr3t-bearer-value",
+    "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl",
+    "MIIEvQIBADANBgkq-planted-key",
+    "LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBLRVktLS0tLQ==",
+    "hunter2-password",
+    "planted-in-an-annotation",
+    "planted-on-the-command-line",
+)
+OBJECTS: list[dict[str, Any]] = [
+    {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "node1", "annotations": {"whatever": PLANTED[5]}},
+    },
+    {
+        "apiVersion": Service.API_VERSION,
+        "kind": Service.KIND,
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {
+            "clusterIP": "10.96.0.41",
+            "selector": {"app": "web"},
+            "ports": [{"name": "http", "port": 80, "nodePort": 30001}],
+            "type": "NodePort",
+        },
+    },
+    {
+        "apiVersion": EndpointSlice.API_VERSION,
+        "kind": EndpointSlice.KIND,
+        "metadata": {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 80}],
+        "endpoints": [{"addresses": ["10.244.1.11"]}, {"addresses": ["10.244.2.11"]}],
+    },
+]
+LOST = msgspec.structs.replace(
+    HELD, routes={frontend: route for frontend, route in HELD.routes.items() if frontend.is_node_port}
+)
+
+
+class Held:
+    """A dataplane of nftables that holds a table."""
+
+    capabilities = Capabilities()
+
+    def __init__(self, table: ForwardingTable) -> None:
+        self._table = table
+
+    def raw(self) -> Raw | None:
+        items = [RawItem(0, "map cluster-ip"), RawItem(1, "10.96.0.41 . tcp . 80", (at("10.96.0.41:80"),))]
+        return Raw(self._table, items) if self._table is HELD else Raw(self._table, items[:1])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[ForwardingTable]:
+    """What the kernel of a node holds on which an agent runs; to be changed by tests."""
+    tables = [HELD]
+
+    def opened(_name: str, family: Family) -> Any:
+        if family is Family.IPV6:
+            raise UnavailableError("no IPv6 here")
+        return Held(tables[0])
+
+    def wanted(family: Family, _directory: str) -> WantedTable:
+        head = TableHead(
+            family=family,
+            node=HELD.node,
+            dataplane="nftables",
+            capabilities=Capabilities(),
+            syncs=3,
+            pending=False,
+            network_namespace=7,
+        )
+        return WantedTable(HELD, head)
+
+    source = SourceReport(description=f"https://admin:{PLANTED[4]}@10.0.0.1:6443")
+    monkeypatch.setattr(agent_socket, "status", lambda _: msgspec.structs.replace(HEALTHY, source=source))
+    monkeypatch.setattr(agent_socket, "table", wanted)
+    monkeypatch.setattr(agent_socket, "objects", lambda *_: json.loads(json.dumps(OBJECTS)))
+    monkeypatch.setattr(modes, "present", lambda: ("nftables",))
+    monkeypatch.setattr(modes, "open_dataplane", opened)
+    monkeypatch.setattr(bundle, "look", lambda: NODE)
+    monkeypatch.setattr(bundle.shutil, "which", lambda _: None)  # type: ignore[attr-defined]
+    return tables
+
+
+def made(tmp_path: Path, configuration: Any = None) -> Path:
+    path = tmp_path / "b.tar.gz"
+    assert bundle.main(str(path), "/run/x", lambda: configuration or {}, now=0) == 0
+    return path
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as archive:
+        return {each.name: archive.extractfile(each).read() for each in archive}  # type: ignore[union-attr]
+
+
+def test_what_is_in_it_and_what_could_not_be_had(held, tmp_path):
+    path = made(tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    found = members(path)
+    manifest = msgspec.json.decode(found["sluice-bundle/manifest.json"], type=Manifest)
+    assert {f"sluice-bundle/{each.name}": each.bytes for each in manifest.files} == {
+        name: len(data) for name, data in found.items() if not name.endswith("manifest.json")
+    }
+    assert {each.name for each in manifest.files} == {
+        "configuration.json",
+        "held.txt",
+        "kernel.json",
+        "objects.json",
+        "rules-nftables-IPv4.txt",
+        "status.json",
+        "tables.json",
+        "wanted.txt",
+    }
+    assert {each.name: each.why for each in manifest.missing} == {
+        "held IPv6 in nftables": "no IPv6 here",
+        "log.txt": "there is no journalctl here; in a pod, kubectl logs has the log",
+    }
+    assert (manifest.node, manifest.taken) == ("node1", "1970-01-01T00:00:00Z")
+    assert b"default/web:http" in found["sluice-bundle/rules-nftables-IPv4.txt"]
+
+
+def test_no_secret_is_in_it(held, tmp_path, monkeypatch):
+    log = (
+        f"GET https://10.0.0.1 Authorization: Bearer {PLANTED[0]}\n"
+        f"token {PLANTED[1]} expired\n"
+        f"-----BEGIN RSA PRIVATE KEY-----\n{PLANTED[2]}\n-----END RSA PRIVATE KEY-----\n"
+        f"client-key-data: {PLANTED[3]}\npassword={PLANTED[4]}\n"
+    )
+
+    class Done:
+        stdout = log.encode()
+
+    monkeypatch.setattr(bundle.shutil, "which", lambda _: "/bin/journalctl")
+    monkeypatch.setattr(bundle.subprocess, "run", lambda *_, **__: Done)
+    monkeypatch.setattr(bundle, "_words_of", lambda _: ["sluice", "run", "--auth-token", PLANTED[6], "--v=2"])
+    configuration = {"clientConnection": {"kubeconfig": "/etc/kubeconfig", "token": PLANTED[0]}, "x": [PLANTED[1]]}
+    found = b"".join(members(made(tmp_path, configuration)).values()).decode()
+    for secret in PLANTED:
+        assert secret not in found
+    assert "/etc/kubeconfig" in found
+    assert "--v=2" in found
+    assert "GET https://10.0.0.1" in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "default/token-service",
+        "10.96.0.1:80/TCP",
+        "https://10.0.0.1:6443/api",
+        "Services and EndpointSlices",
+        "a basic x",
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert without_secrets(text) == text
+
+
+@given(st.text(alphabet="abcXYZ019-_.", min_size=12, max_size=40))
+def test_whatever_a_bearer_token_looks_like(token):
+    assert token not in without_secrets(f"Authorization: Bearer {token}")
+
+
+def test_a_file_that_is_there_is_not_overwritten(held, tmp_path, capsys):
+    path = tmp_path / "b.tar.gz"
+    path.write_text("mine")
+    assert bundle.main(str(path), "/run/x", dict) == 2
+    assert path.read_text() == "mine"
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_a_file_that_would_be_too_long_is_left_out_or_cut(held, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "LONGEST", 300)
+    found = members(made(tmp_path))
+    manifest = msgspec.json.decode(found["sluice-bundle/manifest.json"], type=Manifest)
+    assert "objects.json" in {each.name for each in manifest.missing}
+    assert [each.bytes for each in manifest.files if each.cut] == [300, 300]
+
+
+def test_without_an_agent_it_has_the_kernel(held, tmp_path, monkeypatch, capsys):
+    def nobody(_directory: str) -> Any:
+        raise NoAgentError("no agent answers")
+
+    monkeypatch.setattr(agent_socket, "status", nobody)
+    path = made(tmp_path)
+    assert "without status.json: no agent answers" in capsys.readouterr().err
+    assert cli.main(["explain", "10.96.0.41:80", "-f", str(path)]) == 0
+    assert cli.main(["verify", "-f", str(path)]) == 2
+
+
+# --- the verbs that read one -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_table_is_the_same_table(held, tmp_path):
+    read = bundle_reading.read(str(made(tmp_path)))
+    assert [each.table for each in read.tables_of("wanted")] == [HELD]
+    assert [each.table for each in read.tables_of("held")] == [HELD]
+
+
+def test_dump_shows_what_the_kernel_held(held, tmp_path, capsys):
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["dump", "-f", path, "-o", "json", "--port", "30001"]) == 0
+    [table] = json.loads(capsys.readouterr().out)["tables"]
+    assert [each["port"] for each in table["routes"]] == [30001]
+    assert cli.main(["dump", "-f", path, "--port", "1"]) == 1
+    assert cli.main(["dump", "-f", path, "-o", "raw"]) == 2
+
+
+def test_verify_compares_what_was_wanted_with_what_was_held(held, tmp_path, capsys):
+    assert cli.main(["verify", "-f", str(made(tmp_path))]) == 0
+    held[0] = LOST
+    (tmp_path / "b.tar.gz").unlink()
+    assert cli.main(["verify", "-f", str(made(tmp_path))]) == 1
+    assert "10.96.0.41:80" in capsys.readouterr().out
+
+
+def test_explain_goes_by_what_was_wanted_and_says_where_the_kernel_differed(held, tmp_path, capsys):
+    held[0] = LOST
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    cli.main(["explain", "default/web:http", "-f", path, "-o", "json"])
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert {each["outcome"]["is"] for each in answers} == {"reaches"}
+    assert any(each["disagreements"] for each in answers)
+
+
+@pytest.mark.parametrize("verb", [["dump"], ["verify"], ["explain", "10.96.0.41:80"]])
+def test_a_broken_archive_is_one_line(verb, held, tmp_path, capsys):
+    whole = made(tmp_path).read_bytes()
+    broken = tmp_path / "broken.tar.gz"
+    broken.write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    assert cli.main([*verb, "-f", str(broken)]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "internal error" not in captured.err
+
+
+def test_a_bundle_stands_alone(held, tmp_path, capsys):
+    assert cli.main(["dump", "-f", str(made(tmp_path)), "-f", "other"]) == 2
+    assert "takes nothing else" in capsys.readouterr().err
+
+
+@given(st.dictionaries(st.sampled_from(["manifest.json", "tables.json", "status.json"]), st.binary(max_size=60)))
+def test_no_archive_of_a_stranger_raises_anything_else(files):
+    import tempfile  # noqa: PLC0415  # a fixture would be shared by all examples
+
+    with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for name, data in files.items():
+                info = tarfile.TarInfo(f"sluice-bundle/{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        file.flush()
+        with pytest.raises(BundleError, match=re.escape(file.name)):
+            bundle_reading.read(file.name)
+
+
+@pytest.mark.parametrize(("name", "size"), [("other", 1 << 20), ("manifest.json", 1 << 20), ("other", 0)])
+def test_what_would_take_long_to_unpack_is_refused(name, size, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_reading, "LONGEST", 1 << 16)
+    path = tmp_path / "b.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for _ in range(1 if size else 40):
+            info = tarfile.TarInfo(f"sluice-bundle/{name}")
+            info.size = size
+            archive.addfile(info, io.BytesIO(bytes(size)))
+    with pytest.raises(BundleError, match="more than in a bundle"):
+        bundle_reading.read(str(path))

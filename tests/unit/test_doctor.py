@@ -1,0 +1,323 @@
+"""`sluice doctor`: what it finds, how bad that is, the order, the exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from proxy import agent_socket, cli, doctor
+from proxy.agent_socket import AgentError, NoAgentError
+from proxy.config.settings import Settings
+from proxy.doctor_findings import WORST_FIRST, Finding, Known, findings, lines
+from proxy.explain.evidence import Cluster
+from proxy.explain.gather import Means
+from proxy.explain.surroundings import ForeignChain, Surroundings
+from proxy.report import Contested, Followed, SourceReport, Trouble, Unserved
+from proxy.verify import Verified
+from rules.dataplane import UnavailableError
+from rules.diff import compare
+from rules.forwarding import Family, ForwardingTable, Kind, NodeFacts, Prefix, Route, parse_address, parse_prefix
+from tests.builders import at, backends, endpoint, endpoint_slice, service, view
+from tests.fakes.held import HELD, NODE, means
+from tests.unit.test_status import HEALTHY, with_syncs
+
+CLUSTER = Path(__file__).parents[1] / "data" / "explain" / "cluster.yaml"
+IN_ORDER = Known(tables={Family.IPV4: HELD}, surroundings=NODE, status=HEALTHY)
+
+
+def kinds(known: Known) -> dict[str, str]:
+    """The severities by kind."""
+    return {each.kind: each.severity for each in findings(known)}
+
+
+def only(known: Known) -> Finding:
+    [found] = findings(known)
+    return found
+
+
+def around(**changes: Any) -> Known:
+    return msgspec.structs.replace(IN_ORDER, surroundings=msgspec.structs.replace(NODE, **changes))
+
+
+def agent(**changes: Any) -> Known:
+    return msgspec.structs.replace(IN_ORDER, status=msgspec.structs.replace(HEALTHY, **changes))
+
+
+def holding(frontend: str, route: Route, **facts: Any) -> Known:
+    table = ForwardingTable(family=Family.IPV4, node=NodeFacts(**facts), routes={at(frontend): route})
+    return msgspec.structs.replace(IN_ORDER, tables={Family.IPV4: table})
+
+
+def test_a_healthy_node_is_one_line():
+    assert findings(IN_ORDER) == ()
+    assert list(lines((), IN_ORDER)) == ["nothing is wrong: 2 frontends looked at"]
+
+
+# --- the node --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "severity", "command"),
+    [
+        ({"forwarding": {Family.IPV4: False}}, "ip-forward", "critical", "sysctl -w net.ipv4.ip_forward=1"),
+        ({"conntrack": (1000, 1000)}, "conntrack-full", "critical", "sysctl net.netfilter.nf_conntrack_max"),
+        ({"conntrack": (960, 1000)}, "conntrack-full", "warning", "sysctl net.netfilter.nf_conntrack_max"),
+        ({"strict_rp_filter": ("eth0",)}, "rp-filter", "note", "sysctl -a -r 'ipv4.conf..*.rp_filter'"),
+        ({"ipvs": True}, "other-proxy", "warning", "kube-proxy --cleanup"),
+        ({"legacy_tables": ("filter",)}, "legacy-forward", "note", "iptables-legacy -S FORWARD"),
+        (
+            {"chains": (ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True),)},
+            "forward-drop",
+            "warning",
+            "nft list chain ip filter FORWARD",
+        ),
+        (
+            {"chains": (ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True, legacy=True),)},
+            "forward-drop",
+            "warning",
+            "iptables-legacy -t filter -S FORWARD",
+        ),
+    ],
+)
+def test_what_stands_in_the_way_on_the_node(changes, kind, severity, command):
+    found = only(around(**changes))
+    assert (found.subject, found.kind, found.severity, found.next) == ("node", kind, severity, command)
+
+
+def test_what_a_family_without_frontends_lacks_is_nobodys_trouble():
+    assert findings(around(forwarding={Family.IPV4: True, Family.IPV6: False})) == ()
+
+
+def test_a_node_that_relays_needs_no_forwarding():
+    table = ForwardingTable(family=Family.IPV4, node=NodeFacts(relayed=True), routes=HELD.routes)
+    known = around(forwarding={Family.IPV4: False})
+    assert kinds(known) == {"ip-forward": "critical"}
+    assert kinds(msgspec.structs.replace(known, tables={Family.IPV4: table})) == {}
+
+
+def test_node_ports_on_loopback_need_route_localnet():
+    route = Route(kind=Kind.NODE_PORT, backends=backends("10.0.0.1"), label="ns/svc:")
+    known = holding("*:30001", route, loopback_node_ports=True)
+    closed = msgspec.structs.replace(NODE, route_localnet=False)
+    assert kinds(msgspec.structs.replace(known, surroundings=closed)) == {"route-localnet": "critical"}
+    assert kinds(known) == {}
+
+
+def test_drift_is_summed_up_and_names_the_command():
+    drift = compare(HELD, ForwardingTable(family=Family.IPV4))
+    assert drift
+    found = only(msgspec.structs.replace(IN_ORDER, verified=(Verified("nftables", drift, 2),)))
+    assert (found.kind, found.subject, found.severity) == ("drift", "IPv4 in nftables", "error")
+    assert found.next == "sluice verify"
+    same = compare(HELD, HELD)
+    assert findings(msgspec.structs.replace(IN_ORDER, verified=(Verified("nftables", same, 2),))) == ()
+
+
+def test_node_port_addresses_that_cover_nothing():
+    route = Route(kind=Kind.NODE_PORT, backends=backends("10.0.0.1"), label="ns/svc:")
+    assert only(holding("*:30001", route, node_port_addresses=frozenset())).kind == "node-port-address"
+    own = frozenset([parse_address("192.168.0.2")])
+    assert findings(holding("*:30001", route, node_port_addresses=own)) == ()
+    inside = Route(kind=Kind.CLUSTER_IP, backends=backends("10.0.0.1"), label="ns/svc:")
+    assert findings(holding("10.96.0.1:80", inside, node_port_addresses=frozenset())) == ()
+
+
+# --- the agent -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "severity"),
+    [
+        ({"failures": 3, "error": "no"}, "sync-fails", "critical"),
+        ({"count": 0}, "not-written", "error"),
+        ({"drift_left": 2}, "drift-left", "error"),
+        ({"refused": ("ns/svc:http",)}, "refused", "error"),
+    ],
+)
+def test_syncs_that_do_not_do_what_they_should(changes, kind, severity):
+    found = only(msgspec.structs.replace(IN_ORDER, status=with_syncs(**changes)))
+    assert (found.kind, found.severity) == (kind, severity)
+
+
+def test_what_the_kernel_refuses_is_the_services_own_trouble():
+    found = only(msgspec.structs.replace(IN_ORDER, status=with_syncs(refused=("ns/svc:http",))))
+    assert (found.subject, found.next) == ("Service ns/svc", "sluice explain ns/svc:http")
+
+
+def test_a_late_sync():
+    late = msgspec.structs.replace(HEALTHY.families[0], healthy=False)
+    assert kinds(agent(families=(late,))) == {"sync-late": "error"}
+
+
+def test_an_agent_that_has_listed_nothing():
+    assert kinds(agent(synced=False)) == {"not-synced": "critical"}
+
+
+@pytest.mark.parametrize(
+    ("lag", "error", "expected"),
+    [
+        (4.0, "", {}),
+        (4.0, "refused", {"source-error": "warning"}),
+        (301.0, "", {"source-behind": "error"}),
+        (None, "refused", {"source-behind": "error"}),
+    ],
+)
+def test_a_source_that_is_left_behind(lag, error, expected):
+    followed = Followed(what="services", state="watching", lag=lag, error=error)
+    assert kinds(agent(source=SourceReport(description="", followed=(followed,)))) == expected
+
+
+def test_a_family_that_is_not_served_matters_to_who_has_addresses_of_it():
+    known = agent(unserved=(Unserved(family="IPv6", reason="IPv6 is disabled"),))
+    assert kinds(known) == {"family-unserved": "note"}
+    dual = service(cluster_ip=["172.30.0.41", "fd00::41"])
+    cluster = Cluster(view=view(), services={dual.key: dual})
+    assert kinds(msgspec.structs.replace(known, cluster=cluster)) == {"family-unserved": "error"}
+
+
+def test_troubles_and_conflicts_of_the_agents():
+    known = agent(
+        troubles=(Trouble(origin="service", subject="Service ns/bad", reason="spec.clusterIP: no"),),
+        contested=(Contested(frontend="10.0.0.9:80/TCP", winner="ns/old", losers=("ns/new",)),),
+    )
+    assert kinds(known) == {"trouble": "warning", "conflict": "error"}
+    conflict = next(each for each in findings(known) if each.kind == "conflict")
+    assert conflict.subject == "Service ns/new"
+    assert "ns/old has it" in conflict.what
+
+
+# --- Services --------------------------------------------------------------------------------------------------------
+
+
+def of_service(condition: str, *, name: str = "", **spec: Any) -> Known:
+    """A Service with one endpoint elsewhere, in a condition, and its route."""
+    from proxy.compute import compute  # noqa: PLC0415  # one helper alone needs it
+
+    owner = service(**spec)
+    slices = (endpoint_slice([endpoint("10.0.1.1", condition=condition)], ports=[{"name": name, "port": 80}]),)
+    outcome = compute(owner, slices, view(), Family.IPV4)
+    table = ForwardingTable(family=Family.IPV4, node=NodeFacts(), routes=dict(outcome.routes))
+    cluster = Cluster(view=view(), services={owner.key: owner}, slices={owner.key: slices})
+    return msgspec.structs.replace(IN_ORDER, tables={Family.IPV4: table}, cluster=cluster)
+
+
+def test_no_endpoint_that_can_serve_and_why():
+    assert findings(of_service("R")) == ()
+    found = only(of_service("N"))
+    assert (found.subject, found.kind, found.severity) == ("Service ns/svc", "none-ready", "error")
+    assert "it is not ready" in found.what
+
+
+def test_a_target_port_name_that_no_slice_has():
+    found = only(of_service("R", name="metrics"))
+    assert found.kind == "no-such-port"
+    assert "'metrics' (TCP)" in found.what
+
+
+def test_no_pod_here_matters_inside_and_is_usual_outside():
+    inside = of_service("R", internalTrafficPolicy="Local")
+    assert kinds(inside) == {"policy-local": "warning"}
+    outside = of_service("R", type="LoadBalancer", externalTrafficPolicy="Local", vips=["203.0.113.5"])
+    assert kinds(outside) == {"policy-local": "note"}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "somebody"),
+    [
+        (("0.0.0.0/32",), False),
+        (("127.0.0.0/8", "203.0.113.5/32"), False),
+        (("0.0.0.0/32", "198.51.100.0/24"), True),
+        (("10.0.0.0/8",), True),
+    ],
+)
+def test_source_ranges_that_admit_nobody(ranges, somebody):
+    parsed: tuple[Prefix, ...] = tuple(map(parse_prefix, ranges))
+    route = Route(kind=Kind.LOAD_BALANCER, backends=backends("10.0.0.1"), source_ranges=parsed, label="ns/svc:")
+    expected = {} if somebody else {"source-ranges-nobody": "error"}
+    assert kinds(holding("203.0.113.5:80", route)) == expected
+
+
+def test_the_worst_comes_first():
+    known = msgspec.structs.replace(
+        around(forwarding={Family.IPV4: False}, strict_rp_filter=("eth0",), ipvs=True),
+        problems=("Service a/b: bad",),
+        verified=(Verified("nftables", compare(HELD, ForwardingTable(family=Family.IPV4)), 2),),
+    )
+    severities = [WORST_FIRST.index(each.severity) for each in findings(known)]
+    assert severities == sorted(severities)
+    assert set(severities) == {0, 1, 2, 3}
+
+
+# --- the verb --------------------------------------------------------------------------------------------------------
+
+
+def with_status(monkeypatch: pytest.MonkeyPatch, error: AgentError) -> None:
+    def status(_run_directory: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(agent_socket, "status", status)
+
+
+def test_without_an_agent_the_kernel_is_looked_at_all_the_same(monkeypatch):
+    with_status(monkeypatch, NoAgentError("no agent answers"))
+    out = io.StringIO()
+    node = msgspec.structs.replace(NODE, ipvs=True)
+    assert doctor.main(Settings(), "", "json", out=out, means=means(node)) == 1
+    found = json.loads(out.getvalue())
+    assert found["healthy"] is False
+    assert [each["kind"] for each in found["findings"]] == ["agent-absent", "other-proxy"]
+
+
+def test_what_a_stranger_writes_forges_no_line(monkeypatch):
+    known = agent(troubles=(Trouble(origin="service", subject="Service a/b", reason="bad\ncritical node: no\x1b[2J"),))
+    monkeypatch.setattr(doctor, "from_agent", lambda *_: known)
+    out = io.StringIO()
+    assert doctor.main(Settings(), "", "text", out=out, means=means()) == 1
+    assert len(out.getvalue().splitlines()) == 1
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_kernel_that_cannot_be_read_is_code_2(monkeypatch, capsys):
+    with_status(monkeypatch, NoAgentError("no agent answers"))
+
+    def refused(_name: str, _family: Family) -> Any:
+        raise UnavailableError("nftables needs the capability CAP_NET_ADMIN: run sluice as root")
+
+    out = io.StringIO()
+    assert doctor.main(Settings(), "", "text", out=out, means=Means(refused, lambda *_: Surroundings())) == 2
+    assert "CAP_NET_ADMIN" in capsys.readouterr().err
+    assert "nothing is wrong" not in out.getvalue()
+
+
+def test_manifests_that_are_not_there_are_code_2(capsys):
+    assert cli.main(["doctor", "-f", "/nonexistent"]) == 2
+    assert "/nonexistent" in capsys.readouterr().err
+
+
+def test_how_manifests_are_meant_needs_manifests(capsys):
+    assert cli.main(["doctor", "--cluster-cidr=10.0.0.0/8"]) == 2
+    assert "it needs -f" in capsys.readouterr().err
+
+
+def test_of_manifests_every_sick_service_is_named_and_no_other(capsys):
+    options = ("--proxy-mode=nftables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16")
+    cli.main(["doctor", "-o", "json", "-f", str(CLUSTER), *options])
+    found = json.loads(capsys.readouterr().out)["findings"]
+    by_service = {(each["subject"].partition("/")[2], each["kind"]) for each in found if "/" in each["subject"]}
+    assert by_service >= {
+        ("nobody", "no-slices"),
+        ("forgotten", "no-slices"),
+        ("misnamed", "no-such-port"),
+        ("portless", "no-such-port"),
+        ("starting", "none-ready"),
+        ("scaled-down", "empty-slices"),
+        ("handmade", "no-slices-of-family"),
+        ("away", "policy-local"),
+        ("sick-here", "policy-local"),
+    }
+    assert not {name for name, _ in by_service} & {"web", "zonal", "guarded", "headless", "elsewhere"}
