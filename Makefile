@@ -11,12 +11,12 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
 WORKERS ?= 4
 
 # Another kernel for the tests in a virtual machine: `make test-vm KERNEL=6.12`; see tests/vm/README.md.
-VM = $(BIN)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
+VM = $(BIN)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL)) $(VM_OPTIONS)
 # Files are named, as collecting all tests costs a guest a minute.
 VM_PYTEST = $(BIN)/python -m pytest -v -p no:cacheprovider -p no:xdist -o faulthandler_timeout=300 \
 	--junitxml={results}/junit.xml tests/netns/test_scenarios.py
 
-.PHONY: help install demo test test-vm test-all vm-shell check format bench lock fuzz soak clean
+.PHONY: help install install-iptables demo test test-vm test-all vm-shell check format bench lock fuzz soak dist deb image clean
 
 help:                ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +49,9 @@ $(VENV)/.installed-programs: | $(VENV)/bin/python
 
 install: $(VENV)/.installed  ## sluice and what it runs with, into .venv: then .venv/bin/sluice works
 
+install-iptables: $(VENV)/.installed-dev  ## python-iptables for one more test of mode iptables: it is compiled, so gcc and Python's headers are needed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps "python-iptables == 1.2.0"
+
 demo: $(VENV)/.installed  ## a cluster in network namespaces, with real packets
 	@$(BIN)/sluice demo
 
@@ -56,9 +59,11 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## unit tests, and sce
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
 test-vm: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## the widest scenarios on a stock Debian kernel (KERNEL=6.12 for another)
-	@$(VM) --deadline 900 $(VM_PYTEST) -m vm
+	@$(VM) --deadline 600 $(VM_PYTEST) -m vm
 
-test-all: test  ## everything that test runs, and all scenarios on a stock kernel
+test-all: test  ## everything that test runs, all scenarios in iptables mode by both kinds of programs, and on a stock kernel
+	@for programs in nft legacy; do SLUICE_TEST_MODE=iptables SLUICE_IPTABLES=$$programs \
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/netns/test_scenarios.py || exit 1; done
 	@$(VM) --deadline 3600 $(VM_PYTEST)
 
 vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a stock Debian kernel, over this file system
@@ -67,8 +72,13 @@ vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a st
 bench: $(VENV)/.installed $(VENV)/.installed-programs  ## time and memory at 1,000 to 50,000 Services (root; SIZES=1000 for less)
 	@$(BIN)/python -m bench $(if $(SIZES),--sizes $(SIZES)) $(BENCH)
 
-fuzz: $(VENV)/.installed-dev  ## the decoders on arbitrary bytes, 20,000 examples of each kind
+$(VENV)/.installed-fuzz: requirements-fuzz.lock $(VENV)/.installed-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-fuzz.lock
+	@touch $@
+
+fuzz: $(VENV)/.installed-fuzz  ## the decoders on arbitrary bytes: hypothesis, then a minute of atheris each (FUZZ="--seconds 600")
 	@$(BIN)/python -m pytest -q -n auto --hypothesis-profile=fuzz tests/unit -k "arbitrary or mutated or mutilated or any_"
+	@$(BIN)/python -m tests.fuzz $(FUZZ)
 
 soak: $(VENV)/.installed $(VENV)/.installed-programs  ## 10 minutes of changes: flat memory, no drift (root; SOAK="--seconds 60" for less)
 	@$(BIN)/python -m bench.soak $(SOAK)
@@ -85,7 +95,26 @@ format: $(VENV)/.installed-dev  ## let ruff lay out the code
 
 lock: $(VENV)/.installed-dev  ## new versions into requirements*.lock
 	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --extra build -o requirements.lock pyproject.toml
-	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --extra build --extra test --extra check -c requirements.lock -o requirements-dev.lock pyproject.toml
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes -c requirements.lock -o deploy/requirements.lock pyproject.toml
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --extra build --extra test --extra check --extra userspace -c requirements.lock -o requirements-dev.lock pyproject.toml
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --extra fuzz -c requirements-dev.lock -o requirements-fuzz.lock pyproject.toml
+
+# What a release consists of; docs/versioning.md says how one is made.
+VERSION = $(shell sed -n 's/^version = "\([^"]*\)".*/\1/p' pyproject.toml)
+WHEEL = dist/sluice_proxy-$(VERSION)-py3-none-any.whl
+ENGINE ?= $(firstword $(foreach each,buildah podman docker,$(if $(shell command -v $(each)),$(each))))
+
+dist: $(VENV)/.installed  ## wheel and source distribution into dist/, the wheel tried in an empty environment
+	@mkdir -p dist && rm -f dist/sluice_proxy-*
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) $(BIN)/hatchling build -d dist -t sdist -t wheel
+	@PYTHON=$(BIN)/python deploy/try-wheel $(WHEEL)
+
+deb: dist            ## a Debian package with its own environment under /opt/sluice, into dist/
+	@PYTHON=$(BIN)/python deploy/debian/build $(WHEEL) dist
+
+image:               ## the container image sluice:VERSION, with buildah, podman or docker (ENGINE=, IMAGE_OPTIONS=)
+	@$(ENGINE) build $(IMAGE_OPTIONS) $(if $(filter docker,$(ENGINE)),,--ignorefile deploy/image/Containerfile.dockerignore) \
+		-f deploy/image/Containerfile -t sluice:$(VERSION) .
 
 clean:               ## remove .venv and caches
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
