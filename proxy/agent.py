@@ -404,6 +404,8 @@ class _Agent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(OTHERS_PATIENCE):
                 await self._settled.wait()
+                # Flows that userspace mode has accepted must be the rules' before its sockets go.
+                await self._reconcilers[family].begun.wait()
         [dataplane] = (each for each in self._dataplanes if each.family is family)
         try:
             for name in await asyncio.to_thread(modes.remove_others, dataplane):

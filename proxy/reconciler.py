@@ -62,6 +62,8 @@ class Reconciler:
         # What was there before this process is as stale as what it sees go.
         self._everything = True
         self._due = asyncio.Event()
+        self.begun = asyncio.Event()
+        """Set once all flows were looked at for the first time: none goes on as it was before the rules were there."""
         self._complaint = ""
 
     def written(self, changes: Mapping[Frontend, Change], applied: Applied) -> None:
@@ -85,6 +87,7 @@ class Reconciler:
                 await self._due.wait()
                 self._due.clear()
                 await self._round()
+                self.begun.set()
         finally:
             self._table.close()
 

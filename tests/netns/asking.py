@@ -22,13 +22,13 @@ class Reply(NamedTuple):
     headers: dict[str, str]
 
 
-def eventually(holds: Callable[[], object], what: str = "it") -> None:
+def eventually(holds: Callable[[], object], what: str = "it", seconds: float = DEADLINE) -> None:
     """Return once `holds()` is true.
 
     Raises:
         AssertionError: it is not within the time after which anything counts as stuck.
     """
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what} did not come to hold in time"
         time.sleep(0.02)
