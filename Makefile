@@ -69,8 +69,10 @@ test-all: test  ## everything that test runs, all scenarios in iptables mode by 
 vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a stock Debian kernel, over this file system
 	@$(VM) --shell
 
-bench: $(VENV)/.installed $(VENV)/.installed-programs  ## time and memory at 1,000 to 50,000 Services (root; SIZES=1000 for less)
+bench: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## time and memory at 1,000 to 50,000 Services; userspace against HAProxy (root; SIZES=1000 for less)
+	@command -v haproxy >/dev/null || { echo "==> from apt: haproxy"; $(APT) update; $(APT) install -y --no-install-recommends haproxy >/dev/null; }
 	@$(BIN)/python -m bench $(if $(SIZES),--sizes $(SIZES)) $(BENCH)
+	@$(BIN)/python -m bench.userspace $(BENCH_USERSPACE)
 
 $(VENV)/.installed-fuzz: requirements-fuzz.lock $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-fuzz.lock
