@@ -30,7 +30,7 @@ from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means
 from proxy.explain.surroundings import Surroundings
 from proxy.objects import ZONE_LABEL, EndpointSlice, Key, Node, ObjectError, Service, convert
-from proxy.report import Status
+from proxy.report import Status, one_line
 from proxy.verify import CannotTellError, Verified
 from rules.dataplane import DataplaneError
 from rules.diff import fit
@@ -73,13 +73,8 @@ def main(
         value = {"healthy": not wrong and not known.unread, "findings": found, "unread": known.unread}
         out.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
     else:
-        out.writelines(f"{_printable(line)}\n" for line in lines(found, known))
+        out.writelines(f"{one_line(line)}\n" for line in lines(found, known))
     return 2 if known.unread else int(wrong)
-
-
-def _printable(text: str) -> str:
-    """What a stranger's object says must not forge lines."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from proxy.report import one_line
+
 if TYPE_CHECKING:
     import structlog
 else:
@@ -129,7 +131,7 @@ class _TextRenderer:
                 self._paint(_DIM, time),
                 self._paint(_LEVEL_COLOURS.get(level, _BOLD), f"{level:<7}"),
                 f"{logger.name:<16}",
-                self._paint(_BOLD, f"{_one_line(text):<32}") if pairs else _one_line(text),
+                self._paint(_BOLD, f"{one_line(text):<32}") if pairs else one_line(text),
             )
         )
         line = " ".join((head, *pairs)).rstrip()
@@ -144,19 +146,14 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return _one_line(json.dumps(dict(value), default=str))
+        return one_line(json.dumps(dict(value), default=str))
     if isinstance(value, list | tuple | set | frozenset) and not _is_text(value):
-        return _one_line(json.dumps(list(value), default=str))
+        return one_line(json.dumps(list(value), default=str))
     text = str(value)
     quoted = not text or set(text) & set(' "=\n\t')
-    return _one_line(json.dumps(text, ensure_ascii=False) if quoted else text)
+    return one_line(json.dumps(text, ensure_ascii=False) if quoted else text)
 
 
 def _is_text(value: object) -> bool:
     """Whether a value is a tuple by construction but a text to people: a key, an address with its port."""
     return isinstance(value, tuple) and type(value).__str__ is not object.__str__
-
-
-def _one_line(text: str) -> str:
-    """Text without control characters: what a stranger's object says must not forge lines or colours."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

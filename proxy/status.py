@@ -13,7 +13,7 @@ import msgspec
 
 from proxy.agent_socket import AgentError
 from proxy.agent_socket import status as ask
-from proxy.report import FamilyReport, Followed, LastSync, Status
+from proxy.report import FamilyReport, Followed, LastSync, Status, one_line
 
 Format = Literal["text", "json"]
 
@@ -154,9 +154,7 @@ def _list(name: str, items: Iterable[str]) -> Iterator[str]:
 
 
 def _row(name: str, text: str) -> str:
-    # What a stranger's object says must not forge lines.
-    shown = text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-    return f"{name:<11}{shown}".rstrip()
+    return f"{name:<11}{one_line(text)}".rstrip()
 
 
 def _count(number: int, what: str) -> str:

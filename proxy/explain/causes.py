@@ -227,7 +227,7 @@ def _of_the_node(explanation: Explanation, node: Surroundings) -> Iterator[Cause
     family = family_of(packet.destination)
     if proxies := node.other_proxies:
         words = f"another service proxy has rules here ({', '.join(proxies)}), which may come first"
-        yield Cause(kind="other-proxy", words=words, next="kube-proxy --cleanup")
+        yield Cause(kind="other-proxy", words=words, next="sluice cleanup --of kube-proxy")
     if node.conntrack is not None:
         tracked, most = node.conntrack
         if tracked >= most * NEARLY_FULL:

@@ -68,7 +68,7 @@ def test_a_healthy_node_is_one_line():
         ({"conntrack": (1000, 1000)}, "conntrack-full", "critical", "sysctl net.netfilter.nf_conntrack_max"),
         ({"conntrack": (960, 1000)}, "conntrack-full", "warning", "sysctl net.netfilter.nf_conntrack_max"),
         ({"strict_rp_filter": ("eth0",)}, "rp-filter", "note", "sysctl -a -r 'ipv4.conf..*.rp_filter'"),
-        ({"ipvs": True}, "other-proxy", "warning", "kube-proxy --cleanup"),
+        ({"ipvs": True}, "other-proxy", "warning", "sluice cleanup --of kube-proxy"),
         ({"legacy_tables": ("filter",)}, "legacy-forward", "note", "iptables-legacy -S FORWARD"),
         (
             {"chains": (ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True),)},
