@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TextIO
 
@@ -29,7 +28,7 @@ from proxy.doctor_findings import Known, findings, lines
 from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means
 from proxy.explain.surroundings import Surroundings
-from proxy.objects import ZONE_LABEL, EndpointSlice, Key, Node, ObjectError, Service, convert
+from proxy.objects import ZONE_LABEL, EndpointSlice, Key, Node, ObjectError, Service, by_service, convert
 from proxy.report import Status, one_line
 from proxy.verify import CannotTellError, Verified
 from rules.dataplane import DataplaneError
@@ -125,16 +124,15 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
     """
     from proxy import modes  # noqa: PLC0415  # as below: only where manifests are asked about
     from proxy.interfaces import read_addresses  # noqa: PLC0415  # netlink
-    from proxy.node import view_of  # noqa: PLC0415  # see above
-    from proxy.render import choose_node, render  # noqa: PLC0415  # the parsers
+    from proxy.offline import standing_of  # noqa: PLC0415  # the parsers
+    from proxy.render import render_on  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
     from proxy.sources.manifests import Unreadable, load, loads  # noqa: PLC0415  # likewise
 
-    hostname = socket.gethostname()
     try:
         loaded = loads("standard input", sys.stdin.buffer.read()) if filename == "-" else load(filename)
-        interfaces = read_addresses()
-        rendered = render(loaded, settings, hostname, interfaces=interfaces)
+        standing = standing_of(loaded, settings, socket.gethostname(), read_addresses())
+        rendered = render_on(standing, loaded.services)
     except (Unreadable, FileError) as error:
         raise CannotTellError(str(error)) from None
     except ValueError as error:
@@ -143,7 +141,6 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
         raise CannotTellError(f"nothing in {filename} can be used")
     supported = modes.supported_families()
     tables = {table.family: table for table in rendered.tables if table.family in supported}
-    name, node = choose_node(loaded.nodes, settings.hostname_override, hostname, [])
     unread: list[str] = []
     verified: tuple[Verified, ...] = ()
     lacking: tuple[str, ...] = ()
@@ -156,9 +153,9 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
     return Known(
         tables=tables,
         cluster=Cluster(
-            view=view_of(settings, name, node, interfaces, standalone=node is None),
+            view=standing.view,
             services={each.key: each for each in loaded.services},
-            slices=_by_service(loaded.slices),
+            slices=standing.slices,
         ),
         surroundings=means.look(),
         verified=verified,
@@ -217,12 +214,4 @@ def cluster_of(objects: Iterable[Mapping[str, object]], status: Status) -> Clust
     except (ObjectError, KeyError) as error:
         raise AgentError(f"the agent's objects cannot be read: {error}") from None
     view = View(node_name=status.node, zone=zone, semantics=semantics_of(status.behaviour))
-    return Cluster(view=view, services=services, slices=_by_service(slices))
-
-
-def _by_service(slices: Iterable[EndpointSlice]) -> dict[Key, tuple[EndpointSlice, ...]]:
-    found: dict[Key, list[EndpointSlice]] = defaultdict(list)
-    for each in slices:
-        if each.service is not None:
-            found[each.service].append(each)
-    return {key: tuple(each) for key, each in found.items()}
+    return Cluster(view=view, services=services, slices=by_service(slices))

@@ -14,7 +14,8 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
@@ -157,9 +158,11 @@ HEADLESS_LABEL = "service.kubernetes.io/headless"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 STALE_TCP_ANNOTATION = "sluice.internal/stale-tcp-flows"
-SCHEDULER_ANNOTATION = "sluice.internal/scheduler"
-PROXY_PROTOCOL_ANNOTATION = "sluice.internal/proxy-protocol"
 """On a Service: `delete-unanswered` has connections that nobody has answered forget an endpoint that is gone."""
+SCHEDULER_ANNOTATION = "sluice.internal/scheduler"
+"""On a Service: how its backends are chosen, by one of `rules.forwarding.SCHEDULERS`."""
+PROXY_PROTOCOL_ANNOTATION = "sluice.internal/proxy-protocol"
+"""On a Service: `v2` has its backends told the client's address in a header of the PROXY protocol."""
 
 
 class EndpointSlice(_Object, frozen=True):
@@ -177,6 +180,15 @@ class EndpointSlice(_Object, frozen=True):
         """The Service that owns the slice (EPS-2), or None when the slice doesn't name one."""
         name = self.metadata.labels.get(SERVICE_NAME_LABEL, "")
         return Key(self.metadata.namespace, name) if name and self.metadata.namespace else None
+
+
+def by_service(slices: Iterable[EndpointSlice]) -> dict[Key, tuple[EndpointSlice, ...]]:
+    """The slices of each Service that any names as its owner (EPS-2)."""
+    found: dict[Key, list[EndpointSlice]] = defaultdict(list)
+    for each in slices:
+        if each.service is not None:
+            found[each.service].append(each)
+    return {key: tuple(each) for key, each in found.items()}
 
 
 class EndpointAddress(_Part, frozen=True):

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TextIO
 
+from rules.diff import detector_words
 from rules.forwarding import (
     Backend,
-    Detector,
     ForwardingTable,
     Frontend,
     InputInterface,
@@ -126,7 +126,7 @@ def facts_lines(table: ForwardingTable) -> Iterator[str]:
     yield f"mark            {node.mark:#x}" + (
         ", every ClusterIP connection masqueraded" if node.masquerade_all else ""
     )
-    yield f"local pods      {_detector_text(node.detector)}"
+    yield f"local pods      {detector_words(node.detector)}"
     if node.node_port_addresses is None:
         ports = "every address but loopback"
     else:
@@ -172,16 +172,6 @@ def _backends(backends: Iterable[Backend]) -> tuple[str, ...]:
 
 def _addresses(addresses: Iterable[bytes]) -> list[str]:
     return [format_address(address) for address in sorted(addresses)]
-
-
-def _detector_text(detector: Detector | None) -> str:
-    if detector is None:
-        return "not told apart"
-    if isinstance(detector, SourcePrefix):
-        return f"sources in {detector.prefix}"
-    if isinstance(detector, InputInterface):
-        return f"what comes in by {detector.name}"
-    return f"what comes in by {detector.prefix}*"
 
 
 def _facts_json(node: NodeFacts) -> dict[str, Any]:

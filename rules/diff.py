@@ -275,7 +275,7 @@ def node_words(node: NodeFacts) -> dict[str, str]:
     return {
         "mark": f"{node.mark:#x}",
         "masquerade": "every ClusterIP connection" if node.masquerade_all else "as needed",
-        "local pods": _detector_words(node.detector),
+        "local pods": detector_words(node.detector),
         "node ports on": ports,
         "node ports on 127.0.0.0/8": "answered" if node.loopback_node_ports else "not answered",
         "closed ports of a ClusterIP": "rejected" if node.reject_closed_ports else "left alone",
@@ -285,7 +285,8 @@ def node_words(node: NodeFacts) -> dict[str, str]:
     }
 
 
-def _detector_words(detector: Detector | None) -> str:
+def detector_words(detector: Detector | None) -> str:
+    """How a node tells the traffic of its own pods from other traffic (TRF-10)."""
     if detector is None:
         return "not told apart"
     if isinstance(detector, SourcePrefix):

@@ -16,9 +16,9 @@ from proxy.compute import View, compute
 from proxy.config.settings import Settings
 from proxy.explain.asked import Asked, AskedAddress
 from proxy.explain.evidence import Cluster, Evidence
-from proxy.node import Interfaces, node_facts, view_of
+from proxy.node import Interfaces
 from proxy.objects import EndpointSlice, Key, Service
-from proxy.render import choose_node, node_addresses
+from proxy.offline import standing_of
 from proxy.service_spec import exposure_of
 from proxy.sources.manifest_objects import Loaded
 from rules.forwarding import (
@@ -50,17 +50,10 @@ def from_manifests(
     Raises:
         ValueError: the node's name is empty (NOD-1).
     """
-    problems = [str(problem) for problem in loaded.problems]
-    name, node = choose_node(loaded.nodes, settings.hostname_override, hostname, problems)
-    if interfaces is None:
-        interfaces = {"node": tuple(node_addresses(node))}
-    view = view_of(settings, name, node, interfaces, standalone=node is None)
-    facts = node_facts(settings, node, interfaces, loaded.service_cidrs, standalone=node is None)
+    standing = standing_of(loaded, settings, hostname, interfaces)
+    view, facts, slices = standing.view, standing.facts, standing.slices
+    problems = [*standing.problems]
     by_interface = any(isinstance(each.detector, InputInterface | InputInterfacePrefix) for each in facts.values())
-    slices: dict[Key, list[EndpointSlice]] = defaultdict(list)
-    for each in loaded.slices:
-        if each.service is not None:
-            slices[each.service].append(each)
     addresses, ports = _concerned(loaded, slices, view, asked)
     near = [service for service in loaded.services if _is_near(service, view, addresses, ports)]
     tables: dict[Family, ForwardingTable] = {}
@@ -80,7 +73,7 @@ def from_manifests(
     cluster = Cluster(
         view=view,
         services={service.key: service for service in loaded.services if service.key in keys},
-        slices={key: tuple(slices.get(key, ())) for key in keys},
+        slices={key: slices.get(key, ()) for key in keys},
         winners=winners,
         wanted=tables,
         claims=claims,
@@ -88,9 +81,9 @@ def from_manifests(
     )
     return Evidence(
         source="manifests",
-        words=f"{words}, as node {name} would have it",
+        words=f"{words}, as node {standing.name} would have it",
         tables=tables,
-        local_addresses=frozenset(address for addresses in interfaces.values() for address in addresses),
+        local_addresses=frozenset(address for addresses in standing.interfaces.values() for address in addresses),
         node_ips={family: address for family, address in view.node_ips.items() if not is_loopback(address)},
         cluster=cluster,
         problems=tuple(dict.fromkeys(problems)),
@@ -98,7 +91,7 @@ def from_manifests(
 
 
 def _concerned(
-    loaded: Loaded, slices: Mapping[Key, list[EndpointSlice]], view: View, asked: Asked
+    loaded: Loaded, slices: Mapping[Key, tuple[EndpointSlice, ...]], view: View, asked: Asked
 ) -> tuple[frozenset[Address], frozenset[int]]:
     """The addresses and the ports that a frontend has in common with what is asked."""
     if isinstance(asked, AskedAddress):

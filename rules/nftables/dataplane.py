@@ -198,19 +198,19 @@ class NftablesDataplane:
         routes, notes = self._fit(table.routes)
         wanted = msgspec.structs.replace(table, routes=routes)
         attempts = Attempts(wanted)
-        stale: tuple[Snapshot, Plan] | None = None
+        planned: tuple[Snapshot, Plan] | None = None
         for _ in range(_WRITE_TRIES):
             snapshot = self._snapshot()
-            # Most often somebody changed something else, such as the other family's table: the plan is as good as new.
-            good = stale is not None and snapshot.holds_what(stale[0])
-            plan = stale[1] if stale is not None and good else self._plan(snapshot, attempts)
-            stale = None
+            # What came between two tries is most often something else, such as the other family's table.
+            if planned is None or not snapshot.holds_what(planned[0]):
+                planned = snapshot, self._plan(snapshot, attempts)
+            plan = planned[1]
             try:
                 self._commit(plan.steps, attempts.generation(snapshot.generation))
             except TransactionError as error:
                 attempts.learn(error, plan)
-                if isinstance(error, StaleGenerationError):
-                    stale = snapshot, plan
+                if not isinstance(error, StaleGenerationError):
+                    planned = None
                 continue
             self._written = plan.written
             return attempts.applied(plan, notes)

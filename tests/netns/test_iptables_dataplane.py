@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from rules.dataplane import DataplaneError
 from rules.forwarding import (
-    Backend,
     Delta,
-    Endpoint,
     Family,
     ForwardingTable,
     Frontend,
@@ -24,7 +22,6 @@ from rules.forwarding import (
     NodeFacts,
     Prefix,
     Protocol,
-    Refusal,
     Route,
     SourcePrefix,
     difference,
@@ -34,6 +31,7 @@ from rules.iptables.programs import BACKENDS, available
 from rules.iptables.programs import Backend as Programs
 from tests.iptables_tables import tables
 from tests.netns.isolation import own_network_namespace
+from tests.one_of_each import BALANCER, DNS, WEB, backend, one_of_each
 
 pytestmark = pytest.mark.netns
 
@@ -108,42 +106,12 @@ def test_a_table_reached_by_deltas_is_the_table_applied_at_once(family: Family, 
     check()
 
 
-def backend(host: int) -> Backend:
-    return Backend(bytes([10, 244, 1, host]), 8080)
-
-
-WEB = Frontend(bytes([10, 96, 0, 1]), Protocol.TCP, 80)
-BALANCER = Frontend(bytes([203, 0, 113, 1]), Protocol.TCP, 80)
-NODE_PORT = Frontend(b"", Protocol.TCP, 30080)
-DNS = Frontend(bytes([10, 96, 0, 10]), Protocol.UDP, 53)
-
-EVERYTHING = ForwardingTable(
-    family=Family.IPV4,
-    node=NodeFacts(
+EVERYTHING = one_of_each(
+    NodeFacts(
         detector=SourcePrefix(Prefix(bytes([10, 244, 0, 0]), 16)),
         loopback_node_ports=True,
         service_cidrs=(Prefix(bytes([10, 96, 0, 0]), 16),),
-    ),
-    routes={
-        WEB: Route(kind=Kind.CLUSTER_IP, backends=frozenset(map(backend, (1, 2, 3))), label="default/web:http"),
-        NODE_PORT: Route(
-            kind=Kind.NODE_PORT,
-            backends=frozenset(map(backend, (1, 2, 3))),
-            local_backends=frozenset(),
-            refusal=Refusal.DROP,
-            label="default/web:http",
-        ),
-        BALANCER: Route(
-            kind=Kind.LOAD_BALANCER,
-            backends=frozenset(map(backend, (1, 2, 3))),
-            local_backends=frozenset([backend(1)]),
-            affinity=600,
-            source_ranges=(Prefix(bytes([192, 168, 0, 0]), 24), Prefix(bytes([203, 0, 113, 1]), 32)),
-            label="default/web:http",
-        ),
-        DNS: Route(kind=Kind.CLUSTER_IP, refusal=Refusal.REJECT, label="kube-system/dns:dns"),
-    },
-    hairpins=frozenset({Endpoint(bytes([10, 244, 1, 1]), Protocol.TCP, 8080)}),
+    )
 )
 
 FOREIGN_EDITS = {

@@ -18,7 +18,6 @@ from rules.dataplane import DataplaneError
 from rules.forwarding import (
     Backend,
     Delta,
-    Endpoint,
     Family,
     ForwardingTable,
     Frontend,
@@ -26,13 +25,13 @@ from rules.forwarding import (
     NodeFacts,
     Prefix,
     Protocol,
-    Refusal,
     Route,
     SourcePrefix,
     difference,
 )
 from rules.nftables.dataplane import NftablesDataplane, watch_tables
 from tests.netns.isolation import own_network_namespace
+from tests.one_of_each import DNS, WEB, backend, one_of_each
 from tests.strategies import tables
 
 pytestmark = pytest.mark.netns
@@ -138,42 +137,12 @@ def test_the_listing_loads_again_and_reads_the_same(family: Family, opened: Open
     check()
 
 
-def backend(host: int) -> Backend:
-    return Backend(bytes([10, 244, 1, host]), 8080)
-
-
-WEB = Frontend(bytes([10, 96, 0, 1]), Protocol.TCP, 80)
-BALANCER = Frontend(bytes([203, 0, 113, 1]), Protocol.TCP, 80)
-NODE_PORT = Frontend(b"", Protocol.TCP, 30080)
-DNS = Frontend(bytes([10, 96, 0, 10]), Protocol.UDP, 53)
-
-EVERYTHING = ForwardingTable(
-    family=Family.IPV4,
-    node=NodeFacts(
+EVERYTHING = one_of_each(
+    NodeFacts(
         detector=SourcePrefix(Prefix(bytes([10, 244, 0, 0]), 16)),
         node_port_addresses=frozenset({bytes([192, 168, 50, 11])}),
         service_cidrs=(Prefix(bytes([10, 96, 0, 0]), 16),),
-    ),
-    routes={
-        WEB: Route(kind=Kind.CLUSTER_IP, backends=frozenset(map(backend, (1, 2, 3))), label="default/web:http"),
-        NODE_PORT: Route(
-            kind=Kind.NODE_PORT,
-            backends=frozenset(map(backend, (1, 2, 3))),
-            local_backends=frozenset(),
-            refusal=Refusal.DROP,
-            label="default/web:http",
-        ),
-        BALANCER: Route(
-            kind=Kind.LOAD_BALANCER,
-            backends=frozenset(map(backend, (1, 2, 3))),
-            local_backends=frozenset([backend(1)]),
-            affinity=600,
-            source_ranges=(Prefix(bytes([192, 168, 0, 0]), 24), Prefix(bytes([203, 0, 113, 1]), 32)),
-            label="default/web:http",
-        ),
-        DNS: Route(kind=Kind.CLUSTER_IP, refusal=Refusal.REJECT, label="kube-system/dns:dns"),
-    },
-    hairpins=frozenset({Endpoint(bytes([10, 244, 1, 1]), Protocol.TCP, 8080)}),
+    )
 )
 
 FOREIGN_EDITS = {
