@@ -11,7 +11,8 @@ from rules.forwarding import Endpoint, Family, ForwardingTable, NodeFacts
 from rules.netlink.transaction import LostAnswerError, StaleGenerationError, TransactionError
 from rules.nftables import names
 from rules.nftables.elements import unpack_hairpin
-from rules.nftables.model import Model, Needs
+from rules.nftables.model import Model
+from rules.nftables.needs import Needs
 from rules.nftables.refusals import Culprits, Step, contradicts_reading, culprits_of, is_of_the_node, refusal, unnamed
 from rules.nftables.state import StaticState
 

@@ -31,8 +31,9 @@ from rules.nftables.decode import Reading, decode
 from rules.nftables.elements import MAX_COUNT, Batch
 from rules.nftables.layout import TABLE, Layout, build
 from rules.nftables.messages import Element, add_elements, delete_elements, flush_elements
-from rules.nftables.model import Model, Needs, needs_of
+from rules.nftables.model import Model
 from rules.nftables.monitor import Monitor
+from rules.nftables.needs import Needs, needs_of
 from rules.nftables.objects import delete_set, get_table
 from rules.nftables.raw import raw_items
 from rules.nftables.refusals import Step, lacking, refusal

@@ -28,6 +28,7 @@ from rules.forwarding import (
     merge_prefixes,
 )
 from rules.nftables import names
+from rules.nftables.backend_list import BackendList, Use
 from rules.nftables.describe import describe_key
 from rules.nftables.elements import (
     ENDPOINT_MAPS,
@@ -42,7 +43,7 @@ from rules.nftables.elements import (
 )
 from rules.nftables.lists import FoundLists
 from rules.nftables.messages import Element
-from rules.nftables.model import BackendList, Model, Use
+from rules.nftables.model import Model
 
 _FRONTEND_SETS = (
     names.CLUSTER_IP,

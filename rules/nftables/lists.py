@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from rules.forwarding import Backend, Family, Protocol
 from rules.nftables import names
+from rules.nftables.backend_list import BackendList, Content
 from rules.nftables.elements import (
     COUNT_BITS,
     ENDPOINT_MAPS,
@@ -22,7 +23,7 @@ from rules.nftables.elements import (
     unpack_reference,
 )
 from rules.nftables.messages import Element
-from rules.nftables.model import BackendList, Content, Model
+from rules.nftables.model import Model
 
 T = TypeVar("T")
 

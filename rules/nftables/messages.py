@@ -29,7 +29,8 @@ from rules.netlink.attributes import (
 )
 from rules.netlink.transaction import attributes_of, netfilter_message
 from rules.nftables import userdata
-from rules.nftables.expressions import Verdict, encode_verdict, parse_value, parse_verdict
+from rules.nftables.expression_codec import encode_verdict, parse_value, parse_verdict
+from rules.nftables.expressions import Verdict
 
 _NEW_ELEMENT, _GET_ELEMENT, _DELETE_ELEMENT = 12, 13, 14
 

@@ -25,12 +25,8 @@ from rules.netlink.attributes import (
 )
 from rules.netlink.transaction import attributes_of, netfilter_message
 from rules.nftables import userdata
-from rules.nftables.expressions import (
-    ACCEPT,
-    Expression,
-    decode,
-    encode,
-)
+from rules.nftables.expression_codec import decode, encode
+from rules.nftables.expressions import ACCEPT, Expression
 
 _NEW_TABLE, _GET_TABLE, _DELETE_TABLE = 0, 1, 2
 _NEW_CHAIN, _GET_CHAIN, _DELETE_CHAIN = 3, 4, 5
