@@ -42,6 +42,8 @@ _SUBSYSTEM = 1
 _GET, _DELETE = 1, 2
 
 _TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _ID, _ZONE, _FILTER, _STATUS_MASK = 1, 2, 3, 12, 18, 25, 26
+_PROTOCOL_STATE, _COUNTERS_ORIGINAL, _COUNTERS_REPLY = 4, 9, 10
+_KEPT = frozenset({_PROTOCOL_STATE, _COUNTERS_ORIGINAL, _COUNTERS_REPLY, _ID})
 _TUPLE_IP, _TUPLE_PROTOCOL, _TUPLE_ZONE = 1, 2, 3
 _PROTOCOL_NUMBER, _SOURCE_PORT, _PORT = 1, 2, 3
 _FILTER_ORIGINAL, _FILTER_REPLY = 1, 2
@@ -213,25 +215,33 @@ class _Shape(NamedTuple):
     """Ones where headers are."""
 
 
-def _shape(family: Family) -> _Shape:
-    """The places of a plain entry's values: where two entries without a common bit in their values are alike."""
+def _shape(family: Family, *, event: bool = False) -> _Shape:
+    """The places of a plain entry's values: where two entries without a common bit in their values are alike.
+
+    In an event the entry's number stands before its status.
+    """
     size = family.address_bytes
 
     def entry(filler: int) -> int:
         address, port, status = bytes((filler,)) * size, filler * 0x101, filler * 0x1010101
         one = _addresses(address, address) + _ports(filler, port, port)
         head = bytes((family.af, 0, 0, 0))
-        whole = head + nested(_TUPLE_ORIGINAL, one) + nested(_TUPLE_REPLY, one) + be32(_STATUS, status)
+        number = be32(_ID, status) if event else b""
+        whole = head + nested(_TUPLE_ORIGINAL, one) + nested(_TUPLE_REPLY, one) + number + be32(_STATUS, status)
         return int.from_bytes(whole)
 
     first, second = entry(0b01010101), entry(0b10101010)
     addresses = f"8x 4x{size}s 4x{size}s 4x"
-    values = struct.Struct(f">4x {addresses} 4xB3x 4xH2x 4xH2x {addresses} 8x 4xH2x 4xH2x 4xI")
+    number = "8x" if event else ""
+    values = struct.Struct(f">4x {addresses} 4xB3x 4xH2x 4xH2x {addresses} 8x 4xH2x 4xH2x {number} 4xI")
     mask = (1 << 8 * values.size) - 1 ^ first ^ second
     return _Shape(values, first & mask, mask)
 
 
 _SHAPES = {family.af: _shape(family) for family in Family}
+_EVENT_SHAPES = {family.af: _shape(family, event=True) for family in Family}
+_NUMBER = slice(-16, -8)
+"""Where an event has the entry's number: before the status."""
 
 
 def decode(data: bytes, start: int, end: int) -> Flow | None:
@@ -249,6 +259,21 @@ def decode(data: bytes, start: int, end: int) -> Flow | None:
     return _decode_slowly(data[start:end])
 
 
+def decode_event(data: bytes, start: int, end: int) -> Flow | None:
+    """The same for what an event tells of an entry.
+
+    Raises:
+        DecodeError: the bytes are no entry.
+    """
+    if start < end and (shape := _EVENT_SHAPES.get(data[start])) is not None:
+        values = shape.values
+        rest = start + values.size
+        if rest <= end and int.from_bytes(data[start:rest]) & shape.mask == shape.headers:
+            number = data[start:rest][_NUMBER]
+            return tuple.__new__(Flow, (*values.unpack_from(data, start), number + data[rest:end]))
+    return _decode_slowly(data[start:end])
+
+
 def _decode_slowly(payload: bytes) -> Flow | None:
     found = attributes(attributes_of(payload))
     if any(found.get(_ZONE, b"")):
@@ -259,7 +284,7 @@ def _decode_slowly(payload: bytes) -> Flow | None:
         return None
     source, destination, protocol, source_port, port = original
     reply_source, reply_destination, _, reply_source_port, reply_port = reply
-    rest = b"".join(attribute(kind, value) for kind, value in found.items() if kind == _ID)
+    rest = b"".join(attribute(kind, value) for kind, value in found.items() if kind in _KEPT)
     return Flow(
         source,
         destination,

@@ -57,15 +57,17 @@ class Conntrack:
             each.close()
         self._sockets = []
 
-    def flows(self, protocol: Protocol) -> Iterator[Flow]:
+    def flows(self, protocol: Protocol, status: int = 0) -> Iterator[Flow]:
         """All flows of a protocol; interrupted by changes, it may miss some and show some twice.
+
+        With status bits, kernels that can leave out flows that lack one of them; others tell those as well.
 
         Raises:
             OSError: the kernel refused.
             DecodeError: what came is no entry.
         """
         try:
-            yield from self._flows(Match(self._family, protocol))
+            yield from self._flows(Match(self._family, protocol, status=status, mask=status))
         except NetlinkError as error:
             if error.errno != errno.EINTR:
                 raise

@@ -1,4 +1,4 @@
-"""A netfilter netlink socket: dumps, requests, and transactions of nftables.
+"""A netlink socket: dumps and requests, of netfilter or another protocol, and transactions of nftables.
 
 A transaction is one `send` from the batch's begin to its end.  The kernel handles all of it before `send` returns,
 and it applies all or nothing: every message that it refuses is answered by an error with that message's sequence
@@ -43,7 +43,7 @@ from rules.netlink.attributes import (
 AF_UNSPEC = socket.AF_UNSPEC
 SUBSYSTEM_NFTABLES = 10
 
-_NETLINK_NETFILTER = 12
+NETLINK_NETFILTER = 12
 _SOL_NETLINK = 270
 _NETLINK_CAP_ACK = 10
 _NETLINK_EXT_ACK = 11
@@ -140,14 +140,14 @@ def family_of(payload: bytes) -> int:
 
 
 class NetfilterSocket:
-    """A netlink socket to netfilter, in the network namespace of the calling thread.
+    """A netlink socket to netfilter, or by another protocol's number, in the network namespace of the calling thread.
 
     Raises:
-        OSError: the kernel has no netfilter netlink.
+        OSError: the kernel has no such netlink.
     """
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    def __init__(self, protocol: int = NETLINK_NETFILTER) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._sequence = itertools.count(1)
         self._send_buffer = self._receive_buffer = 0
         try:
@@ -278,15 +278,33 @@ class NetfilterSocket:
         Raises:
             OSError: the requests could not be handed to the kernel.
         """
-        if not messages:
-            return []
+        first = self._hand_over(messages)
+        return self._answers(first, len(messages))[0] if messages else []
+
+    def refusals(self, messages: Sequence[bytes]) -> list[tuple[int, Message]]:
+        """Likewise: the places of those that the kernel refused, each with its error as it came.
+
+        Raises:
+            NetlinkError: ENOBUFS: some refusals were lost.
+            OSError: the requests could not be handed to the kernel.
+        """
+        first = self._hand_over(messages)
+        errors, lost = self._refusals(first, len(messages)) if messages else ([], False)
+        if lost:
+            raise NetlinkError(errno.ENOBUFS, "the kernel's answers were lost")
+        return errors
+
+    def _hand_over(self, messages: Sequence[bytes]) -> int:
+        """Send requests, if there are any; one less than the sequence number of the first."""
         first = next(self._sequence) & 0x3FFFFFFF
-        self._sequence = itertools.count(first + len(messages) + 1)
-        joined = _joined(messages, first + 1)
-        self._drain()
-        self._grow(len(joined) + 4096, len(messages) * _ERROR_COST)
-        self._socket.sendto(joined, (0, 0))
-        return self._answers(first, len(messages))[0]
+        if messages:
+            self._sequence = itertools.count(first + len(messages) + 1)
+            joined = _joined(messages, first + 1)
+            self._drain()
+            # Some subsystems send a whole request back with its error.
+            self._grow(len(joined) + 4096, 2 * len(joined) + len(messages) * _ERROR_COST)
+            self._socket.sendto(joined, (0, 0))
+        return first
 
     def generation(self) -> int:
         """The number of the namespace's nftables generation: every transaction of anybody makes another.
@@ -363,7 +381,11 @@ class NetfilterSocket:
             raise TransactionError(errors)
 
     def _answers(self, first: int, count: int) -> tuple[list[Failure], bool]:
-        errors: list[Failure] = []
+        errors, lost = self._refusals(first, count)
+        return [_failure(place if place < count else -1, answer) for place, answer in errors], lost
+
+    def _refusals(self, first: int, count: int) -> tuple[list[tuple[int, Message]], bool]:
+        errors: list[tuple[int, Message]] = []
         lost = False
         while True:
             try:
@@ -379,10 +401,8 @@ class NetfilterSocket:
                 place = answer.sequence - first - 1
                 if answer.kind != _NLMSG_ERROR or not -1 <= place <= count:
                     continue
-                code = _error_code(answer.payload)
-                if code:
-                    text, offset = _details(answer)
-                    errors.append(Failure(place if place < count else -1, code, text, offset))
+                if error_code(answer.payload):
+                    errors.append((place, answer))
 
     def _drain(self) -> None:
         """Forget answers that an interrupted call left behind."""
@@ -434,14 +454,18 @@ def _joined(every: Sequence[bytes], first: int) -> bytes:
     return bytes(joined)
 
 
-def _error_code(payload: bytes) -> int:
+def _failure(place: int, answer: Message) -> Failure:
+    return Failure(place, error_code(answer.payload), *_details(answer))
+
+
+def error_code(payload: bytes) -> int:
     """The errno of an error message, or of the end of a dump; 0: it is an acknowledgement."""
     return -int.from_bytes(payload[:4], "little" if U32.pack(1)[0] else "big", signed=True)
 
 
 def _raise_refusal(answer: Message) -> None:
     """Raise NetlinkError unless an error message, or the end of a dump, says that all is well."""
-    code = _error_code(answer.payload)
+    code = error_code(answer.payload)
     if code:
         raise NetlinkError(code, _explanation(answer) or os.strerror(code))
 

@@ -8,35 +8,23 @@ and with it the process that made it.  Datagrams that are lost (ENOBUFS) may hav
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
-import socket
 import struct
 from collections.abc import Iterable
 
 from rules.dataplane import Stranger, Touch
 from rules.forwarding import Family
 from rules.netlink.attributes import DecodeError, Message, attributes, be32_of, messages, text_of
+from rules.netlink.filters import EVERYTHING, JUMP_EQUAL, LOAD_WORD, RETURN, Instruction
+from rules.netlink.listening import Listening
 from rules.netlink.transaction import SUBSYSTEM_NFTABLES, attributes_of, family_of
 
-_NETLINK_NETFILTER = 12
 _GROUP_NFTABLES = 7
-_SO_ATTACH_FILTER = 26
-_SO_RCVBUFFORCE = 33
 _ROOM = 32 << 20
-_INSTRUCTION = struct.Struct("=HBBI")
 _PORT_OFFSET = 12
 """Where a netlink header has the port id of the socket that caused the message."""
 
-# Classic BPF: load a word, return a constant, jump if equal.
-_LOAD_WORD, _RETURN, _JUMP_EQUAL = 0x20, 0x06, 0x15
-_EVERYTHING = 0xFFFFFFFF
-
 _NEW_GENERATION = SUBSYSTEM_NFTABLES << 8 | 15
 _PROCESS_ID, _PROCESS_NAME = 2, 3
-_AT_ONCE = 1000
-"""Datagrams that are looked at in one go: some 10 ms."""
 
 
 class Monitor:
@@ -54,37 +42,19 @@ class Monitor:
         self._needle = table.encode() + b"\0"
         self._pending: set[Family] = set()
         """Families that a transaction has touched whose end has not been told yet."""
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
-        )
-        try:
-            _attach(self._socket, _foreign_only(list(own_ports)))
-            # What is lost has no author: room for somebody's flush of a large table.  Without the right to so much
-            # the usual room has to do.
-            with contextlib.suppress(PermissionError):
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
-            self._socket.bind((0, 1 << _GROUP_NFTABLES - 1))
-        except OSError:
-            self._socket.close()
-            raise
+        # What is lost has no author: room for somebody's flush of a large table.
+        self._listening = Listening(_ROOM, _GROUP_NFTABLES, _foreign_only(list(own_ports)))
 
     def fileno(self) -> int:
         """The descriptor, for an event loop."""
-        return self._socket.fileno()
+        return self._listening.fileno()
 
     def touched(self) -> frozenset[Touch]:
         """Who may have changed our table since the last call, and in which family."""
         found: set[Touch] = set()
-        for _ in range(_AT_ONCE):  # a flood leaves the rest for the next call
-            try:
-                data = self._socket.recv(1 << 16)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+        for data in self._listening.datagrams():
+            if not data:  # what was lost may have been about any
                 self._pending.update(Family)
-                data = b""
             if self._needle in data or self._pending:
                 self._look(data, found)
         return frozenset(found)
@@ -108,7 +78,7 @@ class Monitor:
         self._pending.clear()
 
     def close(self) -> None:
-        self._socket.close()
+        self._listening.close()
 
 
 def _stranger(message: Message) -> Stranger | None:
@@ -119,17 +89,10 @@ def _stranger(message: Message) -> Stranger | None:
         return None
 
 
-def _foreign_only(ports: list[int]) -> list[tuple[int, int, int, int]]:
+def _foreign_only(ports: list[int]) -> list[Instruction]:
     """A filter that drops what sockets with these port ids caused."""
     # The kernel loads words in network order; the header is in the host's.
     as_loaded = [int.from_bytes(struct.pack("=I", port)) for port in ports]
-    checks = [(_JUMP_EQUAL, len(ports) - index, 0, port) for index, port in enumerate(as_loaded)]
-    return [(_LOAD_WORD, 0, 0, _PORT_OFFSET), *checks, (_RETURN, 0, 0, _EVERYTHING), (_RETURN, 0, 0, 0)]
-
-
-def _attach(target: socket.socket, program: list[tuple[int, int, int, int]]) -> None:
-    code = b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog: a count, and a pointer to the instructions, which the kernel copies.
-    header = struct.pack("HP", len(program), ctypes.addressof(buffer))
-    target.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, header)
+    checks = [Instruction(JUMP_EQUAL, len(ports) - index, 0, port) for index, port in enumerate(as_loaded)]
+    last = [Instruction(RETURN, 0, 0, EVERYTHING), Instruction(RETURN, 0, 0, 0)]
+    return [Instruction(LOAD_WORD, 0, 0, _PORT_OFFSET), *checks, *last]

@@ -15,6 +15,7 @@ from rules.netlink.transaction import (
     StaleGenerationError,
     TransactionError,
     attributes_of,
+    error_code,
     family_of,
     netfilter_message,
 )
@@ -247,6 +248,22 @@ def test_requests_one_by_one_name_those_that_were_refused(talk):
     (joined,) = kernel.sent
     assert [each.sequence for each in messages(joined)] == [2, 3, 4]
     assert netfilter.perform_each([]) == []
+
+
+def test_refusals_keep_their_places_and_what_the_kernel_sent_back(talk):
+    _, netfilter = talk(lambda sent: [error(sent[1], errno.ENOENT, b"no such thing")])
+    ((place, answer),) = netfilter.refusals([ONE, TWO, ONE])
+    assert place == 1
+    assert error_code(answer.payload) == errno.ENOENT
+    assert b"no such thing" in answer.payload
+    assert netfilter.refusals([]) == []
+
+
+def test_refusals_that_were_lost_are_no_success(talk):
+    _, netfilter = talk(lambda _sent: [OSError(errno.ENOBUFS, "")])
+    with pytest.raises(NetlinkError) as raised:
+        netfilter.refusals([ONE])
+    assert raised.value.errno == errno.ENOBUFS
 
 
 def test_a_request_without_an_answer_asks_for_its_acknowledgement(talk):
