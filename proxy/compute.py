@@ -54,9 +54,14 @@ class Semantics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def semantics_of(mode: str) -> Semantics:
-    """What a configured mode means; "" and every mode but nftables mean what iptables means (DESIGN 4.10)."""
-    nftables = mode == "nftables"
-    return Semantics(firewall_before_refusal=nftables, let_in_health_checks=not nftables, hairpin_remote=not nftables)
+    """What a configured mode means; "" and userspace mean what iptables means (DESIGN 4.10)."""
+    rare = mode in {"nftables", "ipvs"}
+    return Semantics(
+        # In mode ipvs packets pass the filter table, with its ranges, before IPVS can refuse them (IPVS-16).
+        firewall_before_refusal=rare,
+        let_in_health_checks=mode != "nftables",
+        hairpin_remote=not rare,
+    )
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):

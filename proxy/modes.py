@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from proxy.config.settings import UserspaceLimits
+from proxy.config.settings import IpvsSettings, Settings, UserspaceLimits
 from rules.dataplane import Dataplane, Touch, UnavailableError
 from rules.forwarding import Family
 from rules.iptables.programs import BACKENDS, Backend, available
+from rules.iptables.watch import Watched
 
-BUILT = ("nftables", "iptables", "userspace")
+BUILT = ("nftables", "iptables", "ipvs", "userspace")
 """The dataplanes that exist, the preferred one first; the last needs nothing of the kernel but sockets."""
 
 IPTABLES = "SLUICE_IPTABLES"
 """The variable that says which iptables to use, `legacy` or `nft`, where no configuration does; without either, the one
 in use on the node."""
-
-PLANNED = ("ipvs",)
-"""Modes that have a name and are not built yet."""
 
 
 def choose(mode: str, iptables: str | None = None) -> str:
@@ -29,15 +28,9 @@ def choose(mode: str, iptables: str | None = None) -> str:
     A mode asked for by name is never replaced by another one; "" takes the best that this node has (DESIGN 4.10).
 
     Raises:
-        UnavailableError: the mode is not built yet, or this node has none of those that are.
+        UnavailableError: this node has none of the modes.
     """
-    if not mode:
-        return _best(iptables)
-    if mode not in BUILT:
-        raise UnavailableError(
-            f"mode {mode} is not built yet: use mode {' or '.join(BUILT)}, or leave the mode empty to let sluice choose"
-        )
-    return mode
+    return mode or _best(iptables)
 
 
 def _best(iptables: str | None) -> str:
@@ -72,11 +65,18 @@ def _may_hold(name: str) -> bool:
         from proxy.userspace.supervisor import anything_left  # noqa: PLC0415  # one dataplane of several is loaded
 
         return anything_left()
+    if name == "ipvs":
+        # Nothing is loaded to find out.
+        return Path("/proc/thread-self/net/ip_vs").exists()
     return True
 
 
 def open_dataplane(
-    name: str, family: Family, iptables: str | None = None, userspace: UserspaceLimits | None = None
+    name: str,
+    family: Family,
+    iptables: str | None = None,
+    userspace: UserspaceLimits | None = None,
+    ipvs: IpvsSettings | None = None,
 ) -> Dataplane:
     """The dataplane of a name and a family, in the network namespace of the calling thread.
 
@@ -86,6 +86,7 @@ def open_dataplane(
         iptables: `legacy` or `nft`, as configured (`iptablesBackend`); without, what SLUICE_IPTABLES says, else the one
             in use on the node.
         userspace: what limits userspace mode, as configured; workers that run keep what they were started with.
+        ipvs: how mode ipvs is configured; None: it isn't known, and nothing is to be written.
 
     Raises:
         UnavailableError: this node cannot run it; the message says what is missing.
@@ -98,6 +99,8 @@ def open_dataplane(
         from proxy.userspace.dataplane import UserspaceDataplane  # noqa: PLC0415  # one dataplane of several is loaded
 
         return UserspaceDataplane(family, userspace or UserspaceLimits())
+    if name == "ipvs":
+        return _open_ipvs(family, _iptables_backend(iptables), ipvs)
     if name != "nftables":
         raise UnavailableError(f"there is no dataplane {name}")
     # pyroute2 costs 0.1 s and 13 MB: help, version and render do without.
@@ -106,17 +109,72 @@ def open_dataplane(
     return NftablesDataplane(family)
 
 
+def _open_ipvs(family: Family, iptables: Backend | None, settings: IpvsSettings | None) -> Dataplane:
+    from rules.ipvs.dataplane import IpvsDataplane, Options  # noqa: PLC0415  # as above
+    from rules.ipvs.services import Timeouts  # noqa: PLC0415  # as above
+
+    if settings is None:
+        return IpvsDataplane(family, Options(scheduler=None), iptables)
+    seconds = (settings.tcp_timeout, settings.tcp_fin_timeout, settings.udp_timeout)
+    options = Options(
+        scheduler=settings.scheduler, excluded=settings.excluded, timeouts=Timeouts(*(int(each) for each in seconds))
+    )
+    return IpvsDataplane(family, options, iptables)
+
+
+def meet_workers(dataplanes: Sequence[Dataplane]) -> None:
+    """Before the first sync: see to it that rules cut no connection that userspace mode's workers carry.
+
+    Where there are any, it takes a second.
+
+    Raises:
+        DataplaneError: the rules for it could not be written.
+    """
+    if dataplanes[0].name != "userspace" and _may_hold("userspace"):
+        from proxy.userspace.handover import meet  # noqa: PLC0415  # one dataplane of several is loaded
+
+        meet(dataplanes)
+
+
+def release_others(dataplane: Dataplane) -> float:
+    """Have what other modes have left in a dataplane's family give way to it; in how many seconds it can be removed."""
+    if dataplane.name != "userspace" and not _may_hold("userspace"):
+        return 0.0
+    from proxy.userspace.dataplane import UserspaceDataplane  # noqa: PLC0415  # one dataplane of several is loaded
+    from proxy.userspace.handover import release  # noqa: PLC0415  # likewise
+
+    drain = dataplane.drain if isinstance(dataplane, UserspaceDataplane) else 0.0
+    with contextlib.ExitStack() as stack:
+        return max((release(other, drain) for other in _others(dataplane, stack)), default=0.0)
+
+
+def opener(settings: Settings) -> Callable[[str, Family], Dataplane]:
+    """`open_dataplane` of a name and a family, as configured."""
+    return lambda name, family: open_dataplane(
+        name, family, settings.iptables_backend, settings.userspace, settings.ipvs
+    )
+
+
 def remove_others(dataplane: Dataplane) -> list[str]:
     """Remove what other modes have left in a dataplane's family, now that its own rules are there; which ones had.
 
     Raises:
         DataplaneError: something could not be removed.
     """
-    from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # one dataplane of several is loaded
-
     removed = []
-    if isinstance(dataplane, IptablesDataplane) and dataplane.remove_other():
-        removed.append("iptables of the other kind")
+    with contextlib.suppress(UnavailableError):  # what this kernel knows nothing of is not there
+        if isinstance(dataplane, _ByIptables) and dataplane.remove_other():
+            removed.append("iptables of the other kind")
+    with contextlib.ExitStack() as stack:
+        for other in _others(dataplane, stack):
+            with contextlib.suppress(UnavailableError):  # as above
+                if other.cleanup():
+                    removed.append(other.name)
+    return removed
+
+
+def _others(dataplane: Dataplane, stack: contextlib.ExitStack) -> Iterator[Dataplane]:
+    """The dataplanes of the other modes that may hold something in a family, each closed with the stack."""
     for name in present():
         if name == dataplane.name:
             continue
@@ -124,12 +182,8 @@ def remove_others(dataplane: Dataplane) -> list[str]:
             other = open_dataplane(name, dataplane.family)
         except UnavailableError:
             continue  # what cannot be opened holds nothing
-        try:
-            if other.cleanup():
-                removed.append(name)
-        finally:
-            other.close()
-    return removed
+        stack.callback(other.close)
+        yield other
 
 
 def _iptables_backend(configured: str | None) -> Backend | None:
@@ -154,15 +208,21 @@ class Watch(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class _ByIptables(Watched, Protocol):
+    """A dataplane that writes rules by iptables programs, of one kind or the other."""
+
+    def remove_other(self) -> bool:
+        """Remove what the other kind of programs holds of ours; whether there was any."""
+
+
 def watch(dataplanes: Sequence[Dataplane]) -> Watch:
     """A watch over the rules of these dataplanes of one mode; what they do themselves is not noticed.
 
     Raises:
         OSError: the kernel offers none.
     """
-    from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # as above
-
-    written = [each for each in dataplanes if isinstance(each, IptablesDataplane)]
+    written = [each for each in dataplanes if isinstance(each, _ByIptables)]
     if written:
         from rules.iptables.watch import Watch as IptablesWatch  # noqa: PLC0415  # as above
 

@@ -149,10 +149,13 @@ def node_facts(
 
     What modes mean differently stands in them: in nftables mode closed ports are refused, unallocated ClusterIPs are
     dropped, node ports are on the node's primary addresses and never on loopback; every other mode means what iptables
-    mode means (DESIGN 4.10).  Userspace mode knows the networks of ClusterIPs too: it makes them addresses of the node.
+    mode means (DESIGN 4.10).  Mode ipvs refuses closed ports, as ClusterIPs are addresses of the node (IPVS-27), and
+    has no node ports on loopback (IPVS-29).  Userspace mode knows the networks of ClusterIPs too: it makes them
+    addresses of the node.
     """
     nftables = settings.behaviour == "nftables"
     relayed = settings.mode == "userspace"
+    ipvs = settings.mode == "ipvs"
     ips = node_ips(node, settings.node_ip_override, interfaces if standalone else None)
     setting = settings.node_port_addresses or ((PRIMARY,) if nftables else ())
     told = [text for each in service_cidrs for text in each.spec.cidrs]
@@ -167,13 +170,14 @@ def node_facts(
             detector=detector_of(settings, node, family),
             node_port_addresses=expand_node_port_addresses(setting, interfaces, ips, family),
             loopback_node_ports=(
-                not nftables
+                not (nftables or ipvs)
                 and family is Family.IPV4
                 and settings.localhost_node_ports
                 and covers_loopback(setting, ips)
             ),
-            reject_closed_ports=nftables,
+            reject_closed_ports=nftables or ipvs,
             service_cidrs=merge_prefixes(networks),
+            bound=ipvs,
             relayed=relayed,
         )
     return facts

@@ -24,6 +24,8 @@ _DEFAULT_AFFINITY = 10800
 _LONGEST_AFFINITY = 86400
 _BY_CHANCE = "random"
 """The scheduler that everybody has who asks for none."""
+_SAME_SCHEDULERS = {"rr": "round-robin", "lc": "least-connections"}
+"""What the kernel's IPVS calls them."""
 
 
 class Exposure(NamedTuple):
@@ -185,6 +187,7 @@ def _asks(service: Service, annotation: str, word: str, problems: list[str]) -> 
 
 def _scheduler(service: Service, problems: list[str]) -> str:
     value = service.metadata.annotations.get(SCHEDULER_ANNOTATION, "")
+    value = _SAME_SCHEDULERS.get(value, value)
     if value in SCHEDULERS:
         return value
     if value not in ("", _BY_CHANCE):

@@ -25,12 +25,18 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     loopback_node_ports: bool = False
     health_check_ports: bool = False
     reject_closed_ports: bool = True
+    unbound: bool = True
+    """Whether frontends' addresses can be other than the node's own; without, they are `NodeFacts.bound`."""
     drop_unallocated: bool = True
     source_address: bool = True
     """Whether clients' source addresses can be kept; without, connections are relayed (`NodeFacts.relayed`)."""
     sctp: bool = True
-    schedulers: bool = False
-    """Whether a route may ask for another scheduler than chance."""
+    schedulers: frozenset[str] = frozenset()
+    """Which schedulers a route may ask for; of others it has the usual one."""
+    usual_scheduler: str = ""
+    """That one, if it is one of these: asking for it is asking for nothing."""
+    sticky_schedulers: bool = True
+    """Whether a route with affinity may ask for one too."""
     proxy_protocol: bool = False
     max_backends: int = 0
     """How many backends one list can have; 0: any number.  Of more, the first are used."""

@@ -96,7 +96,8 @@ def fit(table: ForwardingTable, capabilities: Capabilities) -> ForwardingTable:
         node,
         loopback_node_ports=node.loopback_node_ports and capabilities.loopback_node_ports,
         health_check_ports=node.health_check_ports if capabilities.health_check_ports else frozenset(),
-        reject_closed_ports=node.reject_closed_ports and capabilities.reject_closed_ports,
+        reject_closed_ports=(node.reject_closed_ports and capabilities.reject_closed_ports) or not capabilities.unbound,
+        bound=not capabilities.unbound,
         service_cidrs=node.service_cidrs if capabilities.drop_unallocated else (),
     )
     if not capabilities.source_address:
@@ -107,11 +108,11 @@ def fit(table: ForwardingTable, capabilities: Capabilities) -> ForwardingTable:
     routes = table.routes
     if not capabilities.sctp:
         routes = {frontend: route for frontend, route in routes.items() if frontend.protocol is not Protocol.SCTP}
-    if not (capabilities.schedulers and capabilities.proxy_protocol):
+    if any(route.scheduler or route.proxy_protocol for route in routes.values()):
         routes = {
             frontend: msgspec.structs.replace(
                 route,
-                scheduler=route.scheduler if capabilities.schedulers else "",
+                scheduler=_scheduler(route, capabilities),
                 proxy_protocol=route.proxy_protocol and capabilities.proxy_protocol,
             )
             if route.scheduler or route.proxy_protocol
@@ -281,7 +282,7 @@ def node_words(node: NodeFacts) -> dict[str, str]:
         "closed ports of a ClusterIP": "rejected" if node.reject_closed_ports else "left alone",
         "health-check ports let in": ", ".join(map(str, sorted(node.health_check_ports))) or NONE,
         "service CIDRs": ", ".join(map(str, node.service_cidrs)) or NONE,
-        "connections": "relayed" if node.relayed else "translated",
+        "connections": "relayed" if node.relayed else "taken at addresses of the node" if node.bound else "translated",
     }
 
 
@@ -369,6 +370,14 @@ _KINDS = {kind: place for place, kind in enumerate(Kind)}
 
 def _place(drift: FrontendDrift) -> tuple[str, int, Frontend]:
     return drift.label or "\U0010ffff", _KINDS[drift.kind], drift.frontend
+
+
+def _scheduler(route: Route, capabilities: Capabilities) -> str:
+    """The scheduler that a dataplane keeps of a route's."""
+    asked = route.scheduler
+    if asked not in capabilities.schedulers or asked == capabilities.usual_scheduler:
+        return ""
+    return asked if capabilities.sticky_schedulers or not route.affinity else ""
 
 
 def _first(backends: frozenset[Backend], count: int) -> frozenset[Backend]:

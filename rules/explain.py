@@ -233,6 +233,10 @@ class _Walk:
     def _masquerade_cluster_ip(self) -> tuple[bool, tuple[str, str]]:
         if self._facts.masquerade_all:
             return True, (f"{_MASQUERADED}: masqueradeAll is set on this node", "TRF-6")
+        own = self._packet.source in {None, self._packet.destination}
+        if self._facts.bound and self._origin is Origin.NODE and own:
+            words = "the node takes the address that it connects to as its own source, which is no use to a backend"
+            return True, (f"{_MASQUERADED}: {words}", "IPVS-14")
         if self._facts.detector is None:
             return False, (f"{_KEPT}: a node that cannot tell pods from others replaces nobody's", "TRF-6")
         if self._origin is Origin.LOCAL_POD:
@@ -277,7 +281,7 @@ class _Walk:
         if not found:
             near, uncovered = near_misses(self._table, packet, self._local_addresses)
             self._steps += near
-        if facts.relayed and (refused := self._refused_by_the_node()) is not None:
+        if (facts.relayed or facts.bound) and (refused := self._refused_by_the_node()) is not None:
             return refused
         # Refusals of ClusterIPs stand where packets leave the node, and not where it is addressed itself.
         leaves = self._sent_here or not self._is_local(packet.destination)
@@ -306,14 +310,14 @@ class _Walk:
         return self._end(Untouched(why))
 
     def _refused_by_the_node(self) -> Explanation | None:
-        """The end of a packet to a closed port of an address that a relaying node has made its own, if it is to one."""
+        """The end of a packet to a closed port of an address that the node has made its own, if it is to one."""
         packet = self._packet
         if self._is_local(packet.destination):
             return None
         address = format_address(packet.destination)
         if any(frontend.address == packet.destination for frontend in self._table.routes):
             why, words = Why.CLOSED_PORT, f"no Service answers at port {packet.port}/{packet.protocol.name} there"
-        elif any(packet.destination in network for network in self._facts.service_cidrs):
+        elif self._facts.relayed and any(packet.destination in network for network in self._facts.service_cidrs):
             why, words = Why.UNALLOCATED, "no Service has it"
         else:
             return None

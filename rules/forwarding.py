@@ -97,7 +97,9 @@ class Refusal(enum.Enum):
     """Silence: endpoints exist, but the traffic policy admits none of them here."""
 
 
-SCHEDULERS = frozenset({"round-robin", "least-connections"})
+KERNEL_SCHEDULERS = frozenset({"wrr", "wlc", "lblc", "lblcr", "sed", "nq", "dh", "sh", "mh", "fo", "ovf"})
+"""Those of IPVS, as the kernel calls them (IPVS-5); `rr` and `lc` have names of ours."""
+SCHEDULERS = frozenset({"round-robin", "least-connections"}) | KERNEL_SCHEDULERS
 """Ways of choosing a backend that a route may ask for; without one, each is as likely as the others."""
 
 
@@ -229,6 +231,10 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     service_cidrs: tuple[Prefix, ...] = ()
     """Networks of ClusterIPs, merged and sorted: new connections to an address in them that no Service has are
     dropped (NFT-20), or, where connections are `relayed`, refused."""
+    bound: bool = False
+    """Whether frontends' addresses are addresses of the node (IPVS-7).  Then their closed ports refuse, whatever kind
+    they are of; and the node, which takes a ClusterIP's own address as its source when it connects to it, is
+    masqueraded (IPVS-14).  So it is in mode ipvs, and only there."""
     relayed: bool = False
     """Whether connections end in a proxy on this node, which makes connections of its own to the backends.  Then the
     node is the source of all of them, whatever is said of masquerading; and ClusterIPs and service networks are

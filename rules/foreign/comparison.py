@@ -51,9 +51,8 @@ ALLOWANCES = (
 )
 
 _CAPABILITIES = {
-    "nftables": Capabilities(schedulers=False, proxy_protocol=False),
+    "nftables": Capabilities(proxy_protocol=False),
     "iptables": Capabilities(
-        schedulers=False,
         proxy_protocol=False,
         loopback_node_ports=True,
         health_check_ports=True,

@@ -420,7 +420,13 @@ def test_hairpins_have_the_protocol_and_only_endpoints_that_are_used() -> None:
 
 def test_only_nftables_means_what_nftables_means() -> None:
     assert semantics_of("nftables") != semantics_of("iptables")
-    assert semantics_of("") == semantics_of("ipvs") == semantics_of("userspace") == semantics_of("iptables")
+    assert semantics_of("") == semantics_of("userspace") == semantics_of("iptables")
+
+
+def test_ipvs_lets_in_health_checks_and_has_its_firewall_before_refusals() -> None:
+    """TRF-7, TRF-27, IPVS-16."""
+    ipvs = semantics_of("ipvs")
+    assert (ipvs.firewall_before_refusal, ipvs.let_in_health_checks, ipvs.hairpin_remote) == (True, True, False)
 
 
 # --- what is told of a Service (HC-20, SEL-12) ---

@@ -219,7 +219,7 @@ def test_nftables_mode_brings_its_own_facts() -> None:
         assert not facts[family].loopback_node_ports
 
 
-@pytest.mark.parametrize("mode", ["", "iptables", "ipvs", "userspace"])
+@pytest.mark.parametrize("mode", ["", "iptables", "userspace"])
 def test_every_other_mode_means_iptables(mode: Any) -> None:
     facts = node_facts(Settings(mode=mode), KNOWN, INTERFACES, [cidrs("172.30.0.0/16", "fd00:30::/112")])
     for family, each in facts.items():
