@@ -7,6 +7,7 @@ the kernel throw bytes away (MSG_TRUNC) instead of copying them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -161,11 +162,7 @@ def sit(place: Place, count: int, ready: int, over: int) -> int:
 
 def flood(place: Place, seconds: float, *, sockets: int = 32) -> int:
     """Send datagrams of 64 bytes as fast as it goes; how many."""
-    opened = []
-    for _ in range(sockets):
-        each = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        each.connect(place)
-        opened.append(each.send)
+    opened = _senders(place, sockets)
     count = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -175,6 +172,29 @@ def flood(place: Place, seconds: float, *, sockets: int = 32) -> int:
                     send(_WORD)
         count += 8 * sockets
     return count
+
+
+def pace(place: Place, seconds: float, rate: int, *, sockets: int = 64) -> int:
+    """Send so many datagrams of 64 bytes a second; how many in all."""
+    opened = itertools.cycle(_senders(place, sockets))
+    sent = 0
+    begin = time.monotonic()
+    while (passed := time.monotonic() - begin) < seconds:
+        for send in itertools.islice(opened, max(0, int(passed * rate) - sent)):
+            with contextlib.suppress(OSError):
+                send(_WORD)
+            sent += 1
+        time.sleep(0.0005)
+    return sent
+
+
+def _senders(place: Place, count: int) -> list[Callable[[bytes], int]]:
+    opened: list[Callable[[bytes], int]] = []
+    for _ in range(count):
+        each = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        each.connect(place)
+        opened.append(each.send)
+    return opened
 
 
 def count_datagrams(port: int, ready: int, quiet: float) -> int:

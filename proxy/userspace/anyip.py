@@ -23,7 +23,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rules.forwarding import Address, Family, Prefix
@@ -51,7 +51,8 @@ _TYPE_LOCAL = 2
 _SCOPE_HOST = 254
 _NEW_ROUTE, _DELETE_ROUTE, _GET_ROUTE = 24, 25, 26
 _ERROR, _DONE = 2, 3
-_DESTINATION, _INTERFACE, _TABLE = 1, 4, 15
+_DESTINATION, _INTERFACE, _PREFERRED_SOURCE, _TABLE = 1, 4, 7, 15
+_REPLACE = 0x100
 _SOL_NETLINK, _STRICT_CHECK = 270, 12
 _HEADER = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags."""
@@ -133,10 +134,26 @@ def change_routes(family: Family, add: Iterable[Prefix], remove: Iterable[Prefix
     Raises:
         OSError: the kernel cannot be asked.
     """
-    requests = [
-        *((prefix, _request(family, _NEW_ROUTE, CREATE | EXCLUSIVE, prefix)) for prefix in add),
-        *((prefix, _request(family, _DELETE_ROUTE, 0, prefix)) for prefix in remove),
-    ]
+    return _write(
+        [
+            *((prefix, _request(family, _NEW_ROUTE, CREATE | EXCLUSIVE, prefix)) for prefix in add),
+            *((prefix, _request(family, _DELETE_ROUTE, 0, prefix)) for prefix in remove),
+        ]
+    )
+
+
+def prefer_source(family: Family, routes: Iterable[Prefix], source: Address) -> None:
+    """Have the node's own new connections to addresses of ours come from another address of the node.
+
+    Otherwise IPv4 takes as their source the very address that they go to, and they end with its route.
+
+    Raises:
+        OSError: the kernel cannot be asked.
+    """
+    _write([(prefix, _request(family, _NEW_ROUTE, _REPLACE, prefix, source)) for prefix in routes])
+
+
+def _write(requests: Sequence[tuple[Prefix, bytes]]) -> list[RouteError]:
     refused = []
     with _socket() as netlink:
         for start in range(0, len(requests), _BATCH):
@@ -154,12 +171,13 @@ def _socket() -> socket.socket:
     return netlink
 
 
-def _request(family: Family, kind: int, flags: int, prefix: Prefix) -> bytes:
+def _request(family: Family, kind: int, flags: int, prefix: Prefix, source: Address = b"") -> bytes:
     header = _HEADER.pack(family.af, prefix.length, 0, 0, _TABLE_LOCAL, PROTOCOL, _SCOPE_HOST, _TYPE_LOCAL, 0)
     payload = (
         header
         + attribute(_DESTINATION, prefix.address)
         + attribute(_INTERFACE, _LOOPBACK_INDEX.to_bytes(4, sys.byteorder))
+        + (attribute(_PREFERRED_SOURCE, source) if source else b"")
     )
     return message(kind, REQUEST | ACK | flags, payload)
 

@@ -23,7 +23,7 @@ import struct
 
 import msgspec
 
-from rules.forwarding import Address, Detector, Endpoint, Family, Frontend, Prefix, Route
+from rules.forwarding import Address, Backend, Detector, Endpoint, Family, Frontend, Prefix, Route
 
 VERSION = 1
 MAX_FRAME = 256 << 20
@@ -51,6 +51,8 @@ class WireNode(msgspec.Struct, frozen=True, kw_only=True):
     """For those who read it: how many workers are to serve this table."""
     networks: tuple[Prefix, ...] = ()
     """For those who read it: the networks of ClusterIPs, which are addresses of the node as a whole."""
+    drain: float = 30.0
+    """For those who end the workers: how many seconds flows may go on then."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -98,7 +100,25 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End now, and reset what flows are left; answered by `Done`."""
 
 
-Request = Hello | Apply | Table | Stats | Drain | Stop
+class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
+    """Tell of new connections of one family from now on, until the connection ends; answered by `Done`."""
+
+    family: Family
+    most: int
+    """No more than so many are told."""
+    frontends: frozenset[Frontend] | None = None
+    """To these; None: to whatever has the address and the port."""
+    address: Address = b""
+    port: int = 0
+    source: Address = b""
+    """From whom; empty: from anybody."""
+
+
+class Traces(msgspec.Struct, frozen=True, tag="traces"):
+    """Answered by `TracesAnswer`."""
+
+
+Request = Hello | Apply | Table | Stats | Drain | Stop | Trace | Traces
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
@@ -123,7 +143,7 @@ class TableAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="table-answer")
 
 
 class FrontendStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What has passed one frontend since the worker began to serve it.
+    """What has passed one frontend since the worker began to serve it; one that nothing has passed is not told.
 
     A frontend that is removed is told as long as flows of it are left, once more with them gone, and then forgotten.
     """
@@ -156,6 +176,30 @@ class StatsAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="stats-answer")
     """UDP flows that had to go for newer ones."""
 
 
+class Relayed(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one new connection, or UDP flow."""
+
+    frontend: Frontend
+    client: tuple[Address, int]
+    address: tuple[Address, int]
+    """Where it connected to."""
+    backend: Backend | None = None
+    """None: it got none."""
+    own: tuple[Address, int] = (b"", 0)
+    """From where the worker connected to the backend."""
+    tried: list[Backend] = []
+    """Backends before that, which could not be reached."""
+    seconds: float = 0.0
+    """How long the backend took to accept."""
+    why: str = ""
+    """It got none."""
+
+
+class TracesAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="traces-answer"):
+    connections: list[Relayed] = []
+    """Those since the last time."""
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     pass
 
@@ -166,7 +210,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     why: str
 
 
-Answer = Welcome | Applied | TableAnswer | StatsAnswer | Done | Failed
+Answer = Welcome | Applied | TableAnswer | StatsAnswer | TracesAnswer | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -210,10 +254,15 @@ def decode_answer(body: bytes) -> Answer:
     return _answers.decode(body)
 
 
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """The process at the other end of a Unix socket, 0 if it is of another process namespace, and its user."""
+    pid, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, user
+
+
 def peer_may_talk(connection: socket.socket) -> bool:
     """Whether the other end of a Unix socket is of this process's user, or root."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return _CREDENTIALS.unpack(raw)[1] in (0, os.geteuid())
+    return peer(connection)[1] in (0, os.geteuid())
 
 
 class Connection:

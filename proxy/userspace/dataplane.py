@@ -26,8 +26,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import msgspec
 
 from proxy.config.settings import UserspaceLimits
-from proxy.userspace.anyip import RouteError, change_routes, read_routes
-from proxy.userspace.control import ControlError
+from proxy.userspace.anyip import LocalRoutes, RouteError, change_routes, prefer_source, read_routes
+from proxy.userspace.choose import LEAST_CONNECTIONS, ROUND_ROBIN
+from proxy.userspace.control import ControlError, WireNode
 from proxy.userspace.decode import Kernel, Worker, decode, missing, own_addresses, raw_items, wire_node
 from proxy.userspace.fleet import Fleet, Sent
 from proxy.userspace.known import Known, unreachable
@@ -36,8 +37,9 @@ from proxy.userspace.supervisor import Changed, Workers
 from proxy.userspace.totals import Totals
 from rules.dataplane import Applied, Capabilities, DataplaneError, Raw
 from rules.diff import fit
-from rules.forwarding import Address, Delta, Family, ForwardingTable, Prefix
+from rules.forwarding import Address, Delta, Family, ForwardingTable, NodeFacts, Prefix
 from rules.netlink.attributes import DecodeError
+from rules.node_ports import is_loopback
 
 CAPABILITIES = {
     family: Capabilities(
@@ -45,7 +47,7 @@ CAPABILITIES = {
         health_check_ports=False,
         source_address=False,
         sctp=False,
-        schedulers=True,
+        schedulers=frozenset({ROUND_ROBIN, LEAST_CONNECTIONS}),
         proxy_protocol=True,
     )
     for family in Family
@@ -63,7 +65,8 @@ class UserspaceDataplane:
         """Of a family; workers that run already keep the limits that they were started with."""
         self._family = family
         self._fleet = Fleet(family, Workers(limits.workers, worker_options(limits)))
-        self._drain = limits.drain
+        self.drain = limits.drain
+        """Seconds that flows may go on once it is told to end."""
         self.totals = Totals(family)
         """What has passed the workers, as it was counted last."""
         self._lock = threading.Lock()
@@ -130,7 +133,7 @@ class UserspaceDataplane:
             workers, kernel = self._fleet.look()
             found = self._decode(workers, kernel)
             wanted = fit(msgspec.structs.replace(table, damage=frozenset()), self.capabilities)
-            wire = wire_node(wanted.node, self._family, own_addresses(kernel.routes), self._fleet.count)
+            wire = self._wire(wanted.node, kernel.routes)
             absent = missing(workers, kernel)
             sent = [self._fleet.bring(each, wanted, wire, absent[each.number]) for each in workers]
             self._fleet.retire(changed)
@@ -164,7 +167,7 @@ class UserspaceDataplane:
             delta = known.fitted(delta, self.capabilities)
             node = None
             if delta.node is not None:
-                wire = wire_node(delta.node, self._family, own_addresses(known.local), self._fleet.count)
+                wire = self._wire(delta.node, known.local)
                 node = wire if wire != known.wire else None
                 known.wire = wire
             sent, news = self._fleet.tell(delta, node) if delta else (Sent(), {})
@@ -178,12 +181,12 @@ class UserspaceDataplane:
             self._known = known
             return Applied(operations=sent.operations + count, bytes_sent=sent.size)
 
+    def _wire(self, facts: NodeFacts, local: LocalRoutes) -> WireNode:
+        return wire_node(facts, self._family, own_addresses(local), self._fleet.count, self.drain)
+
     def _route(self, known: Known, add: Collection[Prefix]) -> tuple[list[RouteError], int]:
         """Add routes, and remove those that linger and that no flow needs; what was refused, and how many changed."""
-        gone: frozenset[Prefix] = frozenset()
-        if self._lingering:
-            used = addresses_in_use(self._family)
-            gone = frozenset(each for each in self._lingering if not any(address in each for address in used))
+        gone = self._lingering - self._used(self._lingering) if self._lingering else frozenset()
         if not add and not gone:
             return [], 0
         refused = change_routes(self._family, add, gone)
@@ -269,28 +272,41 @@ class UserspaceDataplane:
     def cleanup(self) -> bool:
         """Serve the family no longer, and end the workers if they serve no other; see `rules.dataplane.Dataplane`.
 
-        New clients are refused at once; flows may go on for the time of the drain.
+        New clients are refused at once; flows may go on for the drain that was configured where the workers run.
         """
         with self._talking():
             self._known = None
             self._lingering = frozenset()
             changed = self._fleet.connect()
             workers = bool(self._fleet.pids() or changed.outdated)
+            serving, (_, local) = self._fleet.look()
+            self._step_back(local)
             served = self._fleet.give_up()
-            routes = read_routes(self._family).ours
-            if served or routes:
-                self._await_flows()
-            for refusal in change_routes(self._family, (), routes):
+            if served or local.ours:
+                self._await_flows(local, max((each.answer.node.drain for each in serving if each.serves), default=0.0))
+            for refusal in change_routes(self._family, (), local.ours):
                 raise DataplaneError(f"the route {refusal.prefix} stays: {refusal.strerror}")
             if workers and not self._fleet.serves([each for each in Family if each is not self._family]):
                 self._fleet.stop()
                 return True
-            return served or bool(routes)
+            return served or bool(local.ours)
 
-    def _await_flows(self) -> None:
-        deadline = time.monotonic() + self._drain
-        while time.monotonic() < deadline and self._fleet.flows():
+    def _step_back(self, local: LocalRoutes) -> None:
+        """Have the node's own connections, which others may carry by now, no longer begin at addresses that will go."""
+        own = [each for each in sorted(own_addresses(local)) if not is_loopback(each)]
+        if own and self._family is Family.IPV4:
+            prefer_source(self._family, local.ours, own[0])
+
+    def _await_flows(self, local: LocalRoutes, drain: float) -> None:
+        """Return when nothing uses the addresses any more, or the time of the drain is over."""
+        deadline = time.monotonic() + drain
+        while time.monotonic() < deadline and (self._fleet.flows() or self._used(local.ours)):
             time.sleep(_POLL)
+
+    def _used(self, routes: Iterable[Prefix]) -> frozenset[Prefix]:
+        """Those of the routes whose addresses open TCP connections have."""
+        used = addresses_in_use(self._family)
+        return frozenset(each for each in routes if any(address in each for address in used))
 
     def close(self) -> None:
         """End the connections; workers and routes stay."""

@@ -61,8 +61,11 @@ class Kernel(NamedTuple):
     routes: LocalRoutes
 
 
-def wire_node(facts: NodeFacts, family: Family, own: Collection[Address], workers: int) -> WireNode:
-    """The node as workers need it: which of its own addresses (`own`) answer node ports, and so on."""
+def wire_node(facts: NodeFacts, family: Family, own: Collection[Address], workers: int, drain: float) -> WireNode:
+    """The node as workers need it: which of its own addresses (`own`) answer node ports, and so on.
+
+    `workers` is how many there are to be, `drain` the seconds that flows may go on when they are told to end.
+    """
     addresses = facts.node_port_addresses
     if addresses is None:
         # A link-local address belongs to an interface, which a frontend cannot say.
@@ -76,6 +79,7 @@ def wire_node(facts: NodeFacts, family: Family, own: Collection[Address], worker
         every_address=facts.node_port_addresses is None,
         workers=workers,
         networks=facts.service_cidrs,
+        drain=drain,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import struct
 
+from proxy.userspace.sockets import IP_FREEBIND, IP_PKTINFO, IPV6_FREEBIND
 from rules.forwarding import Address, Family, Protocol
 
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
@@ -18,9 +19,6 @@ _UDP = struct.Struct("!HHHH")
 _ICMP = struct.Struct("!BBHI")
 _PKTINFO_V4 = struct.Struct("=i4s4s")
 _PKTINFO_V6 = struct.Struct("=16si")
-_IP_PKTINFO = 8
-_IP_FREEBIND = 15
-_IPV6_FREEBIND = 78
 _PORT_UNREACHABLE = {Family.IPV4: (3, 3), Family.IPV6: (1, 4)}
 
 
@@ -59,9 +57,9 @@ class Refuser:
             # It only sends; what it would receive is nobody's.
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
             if family is Family.IPV4:
-                raw.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+                raw.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
             else:
-                raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+                raw.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
         except OSError:
             self._raw = None
         else:
@@ -72,7 +70,7 @@ class Refuser:
         if self._raw is None:
             return False
         if self.family is Family.IPV4:
-            level, kind, info = socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO_V4.pack(0, frontend[0], bytes(4))
+            level, kind, info = socket.IPPROTO_IP, IP_PKTINFO, _PKTINFO_V4.pack(0, frontend[0], bytes(4))
         else:
             level, kind, info = socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _PKTINFO_V6.pack(frontend[0], 0)
         message = port_unreachable(self.family, (source, client[1]), frontend)

@@ -8,10 +8,13 @@ program in the kernel spreads them by the client's address alone, so that a clie
 memory of it, as long as the workers are the same.
 
 A place that somebody else has, or that the process may not have, is trouble of that place only: it is remembered, told
-to the agent, and tried again now and then.  Closing a listener leaves its accepted connections alone.
+to the agent, and tried again now and then.  So is one too many: of the descriptors that a worker may have, some are for
+connections.  Closing a listener leaves its accepted connections alone.
 """
 
 from __future__ import annotations
+
+import errno
 
 from proxy.userspace import filters, sockets
 from proxy.userspace.admission import Admission, admission
@@ -25,9 +28,10 @@ from rules.forwarding import Family, Frontend, Protocol, format_host
 class Listeners:
     """All listeners of a worker, of both families."""
 
-    def __init__(self, tcp: Tcp, udp: Udp, *, workers: int) -> None:
-        """`workers` is how many there are in all, this one included."""
+    def __init__(self, tcp: Tcp, udp: Udp, *, workers: int, most: int) -> None:
+        """`workers` is how many there are in all, this one included; `most`, how many listeners it may have."""
         self.trouble: dict[Bind, tuple[Frontend, str]] = {}
+        self._most = most
         self._tcp = tcp
         self._udp = udp
         self._workers = workers
@@ -85,6 +89,8 @@ class Listeners:
                 listener.filtered = True
 
     def _start(self, bind: Bind, served: Served, wanted: Admission) -> None:
+        if len(self._open) >= self._most:
+            raise OSError(errno.EMFILE, f"more than {self._most} listeners: raise the limit of open files")
         opened = sockets.new_listener(served.family, bind.protocol)
         listener: TcpListener | UdpListener
         try:

@@ -149,23 +149,22 @@ class LoopSelector(selectors.EpollSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """What is ready of the loop's own, after at most `timeout` seconds, in which the data path goes on."""
         poller, poll, own = self._poller, self._poller.epoll.poll, self.fileno()
-        end = math.inf if timeout is None else time.monotonic() + timeout
+        left = math.inf if timeout is None else max(0.0, timeout)
+        end = time.monotonic() + left
         poller.loop_wanted = False
         while True:
-            events = poll(self._wait(end), BATCH)
+            events = poll(0.0 if poller.has_work else _as_epoll(left), BATCH)
             poller.handle(events)
             if poller.has_work:
                 poller.go_on()
             for descriptor, _ in events:
                 if descriptor == own:
                     return super().select(0)
-            if poller.loop_wanted or time.monotonic() >= end:
+            left = end - time.monotonic()
+            if poller.loop_wanted or left <= 0:
                 return []
 
-    def _wait(self, end: float) -> float:
-        """How long the kernel may wait; like its timers, to the millisecond above."""
-        if self._poller.has_work:
-            return 0.0
-        if end == math.inf:
-            return -1.0
-        return max(0.0, math.ceil((end - time.monotonic()) * 1e3) * 1e-3)
+
+def _as_epoll(seconds: float) -> float:
+    """How long the kernel may wait; like its timers, to the millisecond above; -1: for ever."""
+    return -1.0 if seconds == math.inf else math.ceil(seconds * 1e3) * 1e-3

@@ -14,13 +14,13 @@ CHUNK bytes per direction, and nothing more is read before it is gone.  A direct
 is worth a pipe and two system calls per turn: from then on it is spliced.
 
 An end that has said its last word (a read of nothing) has the other end's writing side shut down once everything is
-delivered; the flow ends when both have.  A reset, or any other error, resets the other end: what a client or a
-backend can tell of its peer through a network without us, it can tell through us.
+delivered; the flow ends when both have.  A reset, or any other error, resets the other end, once that has got what it
+takes of what came before: what a client or a backend can tell of its peer through a network without us, it can tell
+through us.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
@@ -44,7 +44,7 @@ IN_AND_OUT = IN | select.EPOLLOUT
 _OUT = select.EPOLLOUT
 _INPUT = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-_TROUBLE = select.EPOLLERR | select.EPOLLHUP
+_ERROR = select.EPOLLERR
 
 
 class Shop:
@@ -63,6 +63,7 @@ class End:
     __slots__ = (
         "carried",
         "descriptor",
+        "failed",
         "finished",
         "flow",
         "hangup",
@@ -86,6 +87,8 @@ class End:
         self.readable = False
         self.hangup = False
         """Whether the socket has said that an end or an error is to be read."""
+        self.failed = False
+        """Whether the connection was reset, or broke: no more will come than what has arrived."""
         self.finished = False
         """Whether the end was read here."""
         self.pending: memoryview | None = None
@@ -106,9 +109,8 @@ class End:
             self.readable = True
             if events & _HANGUP:
                 self.hangup = True
-                if events & _TROUBLE and self.finished and sockets.pending_error(self.socket):
-                    flow.abort()
-                    return
+                if events & _ERROR:
+                    self.failed = True
             pump(self)
 
     def go_on(self) -> None:
@@ -194,8 +196,10 @@ class Flow:
                 self.shop.pipes.give_back(each.pipe, empty=not each.spliced)
                 each.pipe = None
             each.pending = None
-            with contextlib.suppress(OSError):  # what the network had to say came with the close
+            try:  # noqa: SIM105  # a context manager costs as much as the call
                 close(each.socket)
+            except OSError:
+                pass  # what the network had to say came with the close
             # The two refer to each other and to the flow: without this, they would wait for the garbage collector.
             del each.peer, each.flow
         self.counters.leave(self.target)
@@ -215,8 +219,13 @@ def pump(source: End) -> None:
         # Whatever is wrong with one end, the other end shall know.
         flow.abort()
         return
-    if more and not flow.closed:
+    if flow.closed:
+        return
+    if more:
         flow.shop.poller.again(source.go_on)
+    elif source.failed:
+        # The other end takes no more for now: it is not to wait for the news until it does.
+        flow.abort()
 
 
 def _copy(source: End, flow: Flow) -> bool:

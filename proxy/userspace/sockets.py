@@ -14,12 +14,16 @@ from rules.forwarding import Address, Family, Protocol, format_address
 
 BACKLOG = 4096
 
-_IP_FREEBIND = 15
-_IPV6_FREEBIND = 78
-_IP_PKTINFO = 8
+# The socket module has no names for these.
+IP_FREEBIND = 15
+IPV6_FREEBIND = 78
+IP_PKTINFO = 8
+
 _IP_PKTOPTIONS = 9
 _IPV6_RECVPKTINFO = 49
 _IPV6_2292PKTOPTIONS = 6
+_RCVBUFFORCE = 33
+_BURST_BYTES = 4 << 20
 _ABORT = struct.pack("ii", 1, 0)
 _CONTROL_HEAD = struct.Struct("Nii")
 _INDEX = struct.Struct("I")
@@ -29,7 +33,7 @@ Socket = socket.SocketType
 
 
 def new_listener(family: Family, protocol: Protocol) -> Socket:
-    """A socket for `open_listener`.
+    """A socket for `start_listener`.
 
     Raises:
         OSError: no descriptor is left, or the kernel lacks the family.
@@ -41,21 +45,28 @@ def new_listener(family: Family, protocol: Protocol) -> Socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family is Family.IPV6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+            listener.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
             listener.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
         else:
-            listener.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-            listener.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+            listener.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
         if protocol is Protocol.TCP:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
-            # UDP has no backpressure: what a burst brings must wait somewhere.  The kernel cuts it to its maximum.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            _hold_bursts(listener)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def _hold_bursts(receiver: Socket) -> None:
+    """UDP has no backpressure: what a burst brings must wait somewhere.  All sockets together are bound by udp_mem."""
+    try:
+        receiver.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, _BURST_BYTES)
+    except PermissionError:  # without CAP_NET_ADMIN the kernel's maximum (rmem_max) must do
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BURST_BYTES)
 
 
 def start_listener(listener: Socket, protocol: Protocol, address: Address, port: int) -> None:
@@ -145,6 +156,15 @@ def packed(address: tuple[str, int]) -> Address:
     if ":" not in host:
         return socket.inet_aton(host)
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+
+
+def own_place(connection: Socket) -> tuple[Address, int]:
+    """The address and port from which a socket is connected; none where the kernel doesn't tell."""
+    try:
+        address = connection.getsockname()
+    except OSError:
+        return b"", 0
+    return packed(address), address[1]
 
 
 def is_exhaustion(error: OSError) -> bool:

@@ -23,7 +23,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from proxy.userspace.control import (
     Drain,
     Stop,
     control_name,
+    peer,
 )
 from rules.dataplane import DataplaneError
 from rules.forwarding import Family
@@ -52,7 +52,6 @@ OUTDATED_DRAIN = 86400.0
 _PROGRAM = "proxy.userspace.worker"
 _POLL = 0.01
 _STARTING = "\0sluice-workers/starting"
-_CREDENTIALS = struct.Struct("3i")
 
 
 class StrangeWorkerError(ControlError):
@@ -277,13 +276,11 @@ def _pid_of(index: int) -> int | None:
         end.setblocking(False)
         try:
             end.connect(control_name(index))
-            raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            return peer(end)[0]
         except BlockingIOError:
             return 0  # its queue is full: it is there, and doesn't accept
         except OSError:
             return None
-    pid: int = _CREDENTIALS.unpack(raw)[0]
-    return pid
 
 
 def _is_alive(connection: Connection) -> bool:

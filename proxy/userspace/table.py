@@ -152,12 +152,17 @@ class Table:
         )
 
     def statistics(self) -> list[FrontendStats]:
-        """The figures of all frontends, also of those that are gone but have flows left or have just lost the last."""
-        records = [counters.record(self.family, frontend) for frontend, counters in self._counters.items()]
-        for record in records:
-            if record.frontend not in self.served and not record.open:
-                del self._counters[record.frontend]
-        return records
+        """The figures of all frontends that have any.
+
+        Those that are gone are told as long as flows of them are left, and once more when they have lost the last.
+        """
+        found = []
+        for frontend, counters in list(self._counters.items()):
+            if counters.total or counters.failures:
+                found.append(counters.record(self.family, frontend))
+            if frontend not in self.served and not counters.open:
+                del self._counters[frontend]
+        return found
 
     def _serve(self, frontend: Frontend, route: Route) -> Served:
         return Served(

@@ -26,6 +26,7 @@ from proxy.userspace.choose import Chooser, Target
 from proxy.userspace.poller import Poller
 from proxy.userspace.relay import IN, IN_AND_OUT, End, Flow, Shop
 from proxy.userspace.table import Bind, Served
+from proxy.userspace.tracing import Watchers
 from rules.forwarding import Address, Family, Frontend, Protocol
 
 ACCEPTS = 32
@@ -115,15 +116,23 @@ class Attempt:
     )
 
     def __init__(
-        self, tcp: Tcp, listener: TcpListener, chooser: Chooser, client: End, address: tuple[str, int]
+        self,
+        tcp: Tcp,
+        listener: TcpListener,
+        chooser: Chooser,
+        client: End,
+        *,
+        address: tuple[str, int],
+        source: Address,
     ) -> None:
+        """Of a client at an address, which is also given as `source`."""
         self.tcp = tcp
         self.served = listener.served
         self.bind = listener.bind
         self.chooser = chooser
         self.client = client
         self.address = address
-        self.source: Address = sockets.packed(address)
+        self.source = source
         self.tried: list[Target] = []
         self.target: Target | None = None
         self.backend: End | None = None
@@ -133,7 +142,7 @@ class Attempt:
     def client_ready(self, events: int) -> None:
         """The client has said something, or has gone."""
         if events & _TROUBLE:
-            self.tcp.give_up(self)
+            self.tcp.give_up(self, "the client gave up")
             return
         self.client.readable = True
         if events & select.EPOLLRDHUP:
@@ -160,6 +169,7 @@ class Tcp:
         self.poller = poller
         self.flows: set[Flow] = set()
         self.attempts: set[Attempt] = set()
+        self.watchers = Watchers()
         self.exhausted = 0
         """How often a connection was refused because no descriptor was left."""
         self._shop = Shop(poller)
@@ -183,8 +193,11 @@ class Tcp:
             served.counters.failures += 1
             served.counters.end()
             _abort(connection)
+            if self.watchers.active:
+                self.watchers.saw(served, listener.bind, (source, address[1]), why="no backend is for this client")
             return
-        attempt = Attempt(self, listener, chooser, End(connection, watches_room=False), address)
+        client = End(connection, watches_room=False)
+        attempt = Attempt(self, listener, chooser, client, address=address, source=source)
         self.attempts.add(attempt)
         try:
             self.poller.add(connection.fileno(), IN, attempt.client_ready)
@@ -216,14 +229,14 @@ class Tcp:
         self._let_go(attempt)
         if sockets.is_exhaustion(error):
             self.exhausted += 1
-            self.give_up(attempt)
+            self.give_up(attempt, "the worker has no file descriptor left")
             return
         self._try_another(attempt)
 
     def _try_another(self, attempt: Attempt) -> None:
         target = attempt.chooser.pool.another(attempt.tried) if len(attempt.tried) < ATTEMPTS else None
         if target is None:
-            self.give_up(attempt)
+            self.give_up(attempt, "no backend could be reached")
             return
         attempt.chooser.settle(attempt.source, target, time.monotonic())
         self._connect(attempt, target)
@@ -235,7 +248,18 @@ class Tcp:
         assert target is not None
         self.attempts.discard(attempt)
         counters = served.counters
-        counters.connected(time.monotonic() - attempt.since)
+        seconds = time.monotonic() - attempt.since
+        counters.connected(seconds)
+        if self.watchers.active:
+            self.watchers.saw(
+                served,
+                attempt.bind,
+                (attempt.source, attempt.address[1]),
+                backend=target.backend,
+                own=sockets.own_place(backend.socket),
+                tried=tuple(each.backend for each in attempt.tried[:-1]),
+                seconds=seconds,
+            )
         flow = Flow(
             self._shop, client, backend, counters=counters, target=target.backend, when_closed=self.flows.discard
         )
@@ -247,9 +271,13 @@ class Tcp:
             client.pending = memoryview(header)
         flow.start()
 
-    def give_up(self, attempt: Attempt) -> None:
+    def give_up(self, attempt: Attempt, why: str = "the worker could not serve it") -> None:
         """No backend: reset the client."""
         self.attempts.discard(attempt)
+        if self.watchers.active:
+            client = attempt.source, attempt.address[1]
+            tried = tuple(each.backend for each in attempt.tried)
+            self.watchers.saw(attempt.served, attempt.bind, client, tried=tried, why=why)
         self._let_go(attempt)
         attempt.served.counters.end()
         self.poller.forget(attempt.client.descriptor)
@@ -278,12 +306,12 @@ class Tcp:
 
     def _reconsider(self, attempt: Attempt, served: Served | None) -> None:
         if served is None:
-            self.give_up(attempt)
+            self.give_up(attempt, "its frontend is gone")
             return
         interface = sockets.input_interface(attempt.client.socket) if served.asks_interface else None
         chooser = served.chooser(attempt.source, attempt.bind.address, interface)
         if chooser is None:
-            self.give_up(attempt)
+            self.give_up(attempt, "its frontend has lost its backends")
             return
         if attempt.target is not None and attempt.target.backend in chooser.pool:
             attempt.served, attempt.chooser = served, chooser

@@ -29,6 +29,7 @@ from proxy.userspace.choose import Target
 from proxy.userspace.icmp import Refuser
 from proxy.userspace.poller import Poller
 from proxy.userspace.table import Bind, Served
+from proxy.userspace.tracing import Watchers
 from rules.forwarding import Address, Family
 
 BURST = 64
@@ -193,6 +194,7 @@ class Udp:
         """How many flows had to go for others."""
         self.exhausted = 0
         """How often no descriptor was left for a flow."""
+        self.watchers = Watchers()
         self._flows: OrderedDict[UdpFlow, None] = OrderedDict()
         self._limit = limit
         self._idle = idle
@@ -209,6 +211,8 @@ class Udp:
         chooser = served.chooser(source, listener.bind.address, interface)
         if chooser is None:
             served.counters.failures += 1
+            if self.watchers.active:
+                self.watchers.saw(served, listener.bind, (source, client[1]), why="no backend is for this client")
             return None
         target = chooser.choose(source, time.monotonic())
         if len(self._flows) >= self._limit:
@@ -224,6 +228,9 @@ class Udp:
         listener.flows[client] = flow
         served.counters.begin()
         served.counters.take(target.backend)
+        if self.watchers.active:
+            own = sockets.own_place(connection)
+            self.watchers.saw(served, listener.bind, (source, client[1]), backend=target.backend, own=own)
         return flow
 
     def used(self, flow: UdpFlow, now: float) -> None:

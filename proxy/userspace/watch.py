@@ -32,13 +32,13 @@ SETTLE = 0.1
 """Seconds in which a burst of changes is one change."""
 LOOK = 1.0
 """Seconds from one look at the routes to the next, however many changes others make."""
-TIDY = 5.0
+TIDY = 2.0
 """Seconds between two looks at addresses that linger, at what workers have counted, and at whether all are there."""
 
 LISTENERS = 30.0
 """Seconds between two looks at all listeners, of which nobody tells when somebody closes one."""
 SHARE = 0.01
-"""Of the time may go into looks that nobody asked for: with very many Services they come less often."""
+"""Of a processor may go into looks that nobody asked for: with very many Services they come less often."""
 
 
 class Watched(Protocol):
@@ -133,9 +133,9 @@ class Watch:
             if ready - {self._netlink.fileno()} or now >= due:
                 self._attend()
             if now >= due:
+                before = time.thread_time()
                 self._look_after()
-                after = time.monotonic()
-                due = after + max(self._tidy, (after - now) / SHARE)
+                due = time.monotonic() + max(self._tidy, (time.thread_time() - before) / SHARE)
             if changed and now >= looked + LOOK:
                 changed, looked = False, now
                 self._look()

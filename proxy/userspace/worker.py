@@ -52,6 +52,7 @@ from proxy.userspace.listeners import Listeners
 from proxy.userspace.poller import LoopSelector, Poller
 from proxy.userspace.table import Bind, Table
 from proxy.userspace.tcp import Tcp
+from proxy.userspace.tracing import Watcher, Watchers
 from proxy.userspace.udp import Udp
 from rules.forwarding import Family, Protocol
 
@@ -59,10 +60,12 @@ _STEP = 100
 """Listeners that are opened or closed before the others have their turn."""
 _LOOK = 0.25
 """Seconds between looks at what is overdue."""
-_RETRY = 2.0
+_RETRY = 1.0
 """Seconds between tries to open listeners that could not be opened."""
 _DESCRIPTORS = 1 << 20
 """How many a worker asks for: what the kernel allows by default."""
+_FOR_LISTENERS = 0.75
+"""The part of them that may be listeners."""
 _LAST_CALL = 0.2
 """Seconds in which handshakes that have begun may end, when a worker drains."""
 
@@ -96,7 +99,9 @@ class Worker:
         self._poller = poller
         self._tcp = Tcp(poller, connect_timeout=options.connect_timeout, idle_limit=options.tcp_idle)
         self._udp = Udp(poller, limit=options.max_udp_flows, idle=options.udp_idle, stream_idle=options.udp_stream_idle)
-        self._listeners = Listeners(self._tcp, self._udp, workers=options.workers)
+        self._watchers = self._tcp.watchers = self._udp.watchers = Watchers()
+        most = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _FOR_LISTENERS)
+        self._listeners = Listeners(self._tcp, self._udp, workers=options.workers, most=most)
         memory = Memory()
         chance = random.Random()  # noqa: S311  # which backend a connection gets is no secret
         self._tables = {
@@ -132,12 +137,13 @@ class Worker:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        watcher = Watcher(self._watchers)
         try:
             if not control.peer_may_talk(writer.get_extra_info("socket")):
                 return
             while True:
                 body = await reader.readexactly(control.body_length(await reader.readexactly(control.HEAD_BYTES)))
-                answer, last = await self._answer(body)
+                answer, last = await self._answer(body, watcher)
                 writer.write(control.frame(answer))
                 await writer.drain()
                 if last:
@@ -145,10 +151,11 @@ class Worker:
         except (asyncio.IncompleteReadError, asyncio.CancelledError, OSError):
             return  # the agent has gone, or the worker goes
         finally:
+            watcher.end()
             self._connections.discard(task)
             writer.close()
 
-    async def _answer(self, body: bytes) -> tuple[Answer, bool]:
+    async def _answer(self, body: bytes, watcher: Watcher) -> tuple[Answer, bool]:
         """The answer to one request, and whether it is the last one."""
         try:
             request: Request = control.decode_request(body)
@@ -165,6 +172,8 @@ class Worker:
                 answer = self._tables[request.family].answer(trouble)
             case Stats():
                 answer = self._statistics()
+            case control.Trace() | control.Traces():
+                answer = watcher.answer(request)
             case Drain():
                 await self._drain(request.seconds)
         return answer, isinstance(request, Stop)

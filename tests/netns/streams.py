@@ -84,13 +84,16 @@ class Streaming:
 
 
 @contextlib.contextmanager
-def streaming(world: World, streams: Sequence[Stream] = STREAMS) -> Iterator[Streaming]:
-    """All streams, for as long as the block lasts; the Services must be served before."""
+def streaming(world: World, streams: Sequence[Stream] = STREAMS, *, interval: float = INTERVAL) -> Iterator[Streaming]:
+    """Streams, for as long as the block lasts; the Services must be served before.
+
+    `interval` is the time between two connections of one, in seconds.
+    """
     running = [each for each in streams if world.ipv6 or ":" not in each.address]
     found = Streaming()
     for stream in running:
         probe = Probe(host=stream.host, address=stream.address, port=stream.port, protocol=stream.protocol)
-        world.probes.start(stream.about, probe, INTERVAL)
+        world.probes.start(stream.about, probe, interval)
     try:
         yield found
     finally:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.output import facts_lines
 from proxy.userspace.anyip import LocalRoutes, RouteError, needed
 from proxy.userspace.control import FrontendStats, StatsAnswer, TableAnswer, WireNode
 from proxy.userspace.dataplane import CAPABILITIES
@@ -71,7 +72,7 @@ def held(wanted: ForwardingTable, *, workers: int = 2) -> tuple[list[Worker], Ke
     wanted = fit(wanted, CAPABILITIES[wanted.family])
     ours = needed({each.address for each in wanted.routes}, wanted.node.service_cidrs, others)
     routes = LocalRoutes(ours, others)
-    node = wire_node(wanted.node, wanted.family, own_addresses(routes), workers)
+    node = wire_node(wanted.node, wanted.family, own_addresses(routes), workers, 30.0)
     answer = TableAnswer(serial="1", node=node, routes=list(wanted.routes.items()), hairpins=list(wanted.hairpins))
     here = {place for frontend, each in wanted.routes.items() if listens(each) for place in places(frontend, node)}
     inodes = {
@@ -220,11 +221,11 @@ def test_what_a_frontend_is_served_by_is_listed_for_people() -> None:
 def test_node_ports_without_addresses_are_on_all_that_one_can_name() -> None:
     own = {V4: own_addresses(LocalRoutes(frozenset(), frozenset(OWN[V4]))),
            V6: own_addresses(LocalRoutes(frozenset(), frozenset(OWN[V6])))}  # fmt: skip
-    node = wire_node(NodeFacts(), V4, own[V4], 2)
+    node = wire_node(NodeFacts(), V4, own[V4], 2, 30.0)
     assert node.node_port_addresses == {parse_address("192.168.50.11")}
     assert node.local_addresses == own[V4]
-    assert wire_node(NodeFacts(), V6, own[V6], 2).node_port_addresses == {parse_address("fd00:50::11")}
-    loopback = wire_node(NodeFacts(loopback_node_ports=True, node_port_addresses=frozenset()), V4, own[V4], 2)
+    assert wire_node(NodeFacts(), V6, own[V6], 2, 30.0).node_port_addresses == {parse_address("fd00:50::11")}
+    loopback = wire_node(NodeFacts(loopback_node_ports=True, node_port_addresses=frozenset()), V4, own[V4], 2, 30.0)
     assert loopback.node_port_addresses == {parse_address("127.0.0.1")}
 
 
@@ -287,6 +288,14 @@ def test_capabilities_are_told_in_words() -> None:
     assert "SCTP" in told
     assert "source" in told
     assert not limits(msgspec.structs.replace(CAPABILITIES[V4], source_address=True, sctp=True))
+
+
+def test_dump_says_of_addresses_what_a_proxy_does_with_them() -> None:
+    facts = NodeFacts(loopback_node_ports=True, service_cidrs=(parse_prefix("10.96.0.0/16"),))
+    said = "\n".join(facts_lines(fit(ForwardingTable(family=V4, node=facts), CAPABILITIES[V4])))
+    assert "127.0.0.1" in said
+    assert "unallocated addresses are refused" in said
+    assert "mark" not in said
 
 
 def test_sctp_and_the_mark_are_no_drift_and_a_scheduler_is() -> None:

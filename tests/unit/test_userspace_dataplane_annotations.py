@@ -40,7 +40,9 @@ def some() -> Any:
         ("random", "", 0),
         ("round-robin", "round-robin", 0),
         ("least-connections", "least-connections", 0),
-        ("rr", "", 1),
+        ("rr", "round-robin", 0),
+        ("wlc", "wlc", 0),
+        ("fastest", "", 1),
     ],
 )
 def test_a_scheduler_is_one_that_is_known(value: str, scheduler: str, problems: int) -> None:
@@ -85,7 +87,7 @@ def test_what_a_dataplane_cannot_schedule_is_no_drift() -> None:
     plain = outcome({}, some()).routes
     one, other = (ForwardingTable(family=Family.IPV4, routes=routes) for routes in (wanted, plain))
     assert not compare(one, other, Capabilities())
-    drift = compare(one, other, Capabilities(schedulers=True, proxy_protocol=True))
+    drift = compare(one, other, Capabilities(schedulers=frozenset({"round-robin"}), proxy_protocol=True))
     assert {change.what for each in drift.frontends for change in each.changes} == {"scheduler", "PROXY protocol"}
     [drift_of_udp] = (each for each in drift.frontends if each.frontend.protocol is Protocol.UDP)
     assert [change.what for change in drift_of_udp.changes] == ["scheduler"]

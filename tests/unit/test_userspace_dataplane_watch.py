@@ -164,7 +164,8 @@ def test_the_last_resort_is_userspace_and_why_is_said(monkeypatch) -> None:
     monkeypatch.setattr("proxy.logs.get_logger", lambda _: Log())
     assert modes.choose("") == "userspace"
     [reasons] = told
-    assert reasons["because"] == "nftables: this kernel has no nftables; iptables: this kernel has no iptables"
+    others = [name for name in modes.BUILT if name != "userspace"]
+    assert reasons["because"] == "; ".join(f"{name}: this kernel has no {name}" for name in others)
 
 
 def test_userspace_can_be_asked_for_by_name() -> None:

@@ -109,6 +109,14 @@ def test_counters_outlive_a_change_of_the_route_and_end_with_the_last_flow() -> 
     assert some.statistics() == []
 
 
+def test_frontends_that_nobody_uses_have_no_figures_and_cost_nothing_to_ask() -> None:
+    some = table()
+    some.change(put((Frontend(VIP, TCP, 80), PLAIN), (Frontend(VIP, TCP, 81), PLAIN)))
+    assert some.statistics() == []
+    some.served[Frontend(VIP, TCP, 81)].counters.begin()
+    assert [each.frontend.port for each in some.statistics()] == [81]
+
+
 # --- admission -------------------------------------------------------------------------------------------------------
 
 SOURCES = Sources(

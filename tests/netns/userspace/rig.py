@@ -1,4 +1,4 @@
-"""A userspace worker in a network namespace of its own, without an agent, and the hosts that it serves.
+"""The rig: a userspace worker in a network namespace of its own, without an agent, and the hosts that it serves.
 
 Clients, backends and the worker share one namespace.  10.96.0.0/16 and fd00:10:96::/64 are routed to it as a whole
 (AnyIP), so any address in them can be a frontend, a backend or a client.
@@ -18,15 +18,30 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from proxy.userspace.control import Applied, Apply, Connection, ControlError, StatsAnswer, WireNode
+from proxy.userspace.control import Applied, Apply, Connection, ControlError, FrontendStats, StatsAnswer, WireNode
 from proxy.userspace.control import Stats as AskStats
 from rules.forwarding import Backend, Family, Frontend, Kind, Protocol, Refusal, Route, parse_address
 from tests.netns.isolation import own_network_namespace
 from tests.netns.patience import TIME_SCALE
 
+VIP = "10.96.0.1"
+VIP6 = "fd00:10:96::1"
+
 PATIENCE = 20.0 * TIME_SCALE
 SILENCE = 0.7 * TIME_SCALE
 """After so many seconds, a packet counts as dropped."""
+NOTHING = FrontendStats(
+    frontend=Frontend(b"", Protocol.TCP, 1),
+    family=Family.IPV4,
+    label="",
+    open=0,
+    total=0,
+    bytes_in=0,
+    bytes_out=0,
+    failures=0,
+    connect_seconds=0.0,
+    connects=[],
+)
 _ABORT = struct.pack("ii", 1, 0)
 
 
@@ -89,6 +104,12 @@ class Worker:
         assert isinstance(answer, StatsAnswer), answer
         return answer
 
+    def carried(self) -> FrontendStats:
+        """What has passed the one frontend that anything has passed; all zero before."""
+        figures = self.stats().frontends
+        assert len(figures) < 2, figures
+        return figures[0] if figures else NOTHING
+
     def memory(self) -> int:
         """Its resident bytes."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
@@ -143,6 +164,22 @@ class Server:
             thread.join(PATIENCE)
 
 
+class Held:
+    """A backend's side of connections, for a test to do with as it likes."""
+
+    def __init__(self) -> None:
+        self.connections: list[socket.socket] = []
+        self.over = threading.Event()
+
+    def __call__(self, connection: socket.socket) -> None:
+        self.connections.append(connection)
+        self.over.wait(10 * PATIENCE)
+
+    def newest(self, count: int = 1) -> socket.socket:
+        until(lambda: len(self.connections) >= count)
+        return self.connections[count - 1]
+
+
 class UdpServer:
     """A UDP backend that answers every datagram with its own address, a blank and what came."""
 
@@ -163,9 +200,12 @@ class UdpServer:
                 self.socket.sendto(self.address.encode() + b" " + data, client)
 
     def close(self) -> None:
+        deadline = time.monotonic() + PATIENCE
         with socket.socket(self.socket.family, socket.SOCK_DGRAM) as last:
-            last.sendto(b"end", self.socket.getsockname())
-        self._thread.join(PATIENCE)
+            while self._thread.is_alive():
+                assert time.monotonic() < deadline, "the server doesn't end"
+                last.sendto(b"end", self.socket.getsockname())
+                self._thread.join(0.05)  # it is lost where a flood has filled the queue
         self.socket.close()
 
 
@@ -235,3 +275,7 @@ def is_silent(address: str, port: int = 80, *, source: str) -> bool:
     except TimeoutError:
         return True
     return False
+
+
+Start = Callable[..., Worker]
+Serve = Callable[..., Server]
