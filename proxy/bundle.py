@@ -1,4 +1,4 @@
-"""`sluice bundle`: one archive for a bug report, which `dump`, `explain` and `verify` read with `-f`.
+"""`sluice bundle`: one archive for a bug report, which the verbs that ask a node read with `-f`.
 
     manifest.json        what is in it, and what could not be had and why
     status.json          what the agent says of itself
@@ -7,6 +7,9 @@
     wanted.txt, held.txt the same for people
     rules-*.txt          the kernel's own rules and elements, as `sluice dump -o raw`
     configuration.json   the effective configuration, and the agent's command line
+    others-*.txt         rules of others as iptables-save and nft print them
+    surroundings.json    the node beside our rules: addresses, forwarding, others' chains
+    flows.json           the flows through Services
     kernel.json          release, sysctls that matter, modules, others' chains
     log.txt              the end of the journal of the unit
 
@@ -20,30 +23,46 @@ import contextlib
 import io
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from proxy import agent_socket, modes
+from proxy import agent_socket, flows, modes
 from proxy.agent_socket import AgentError
-from proxy.bundle_reading import FORMAT, LONGEST, TOP, Entry, Manifest, Missing, SavedTable
-from proxy.dump import Filter, raw_lines
-from proxy.explain.surroundings import Surroundings, look
+from proxy.bundle_reading import (
+    FORMAT,
+    LONGEST,
+    OTHERS,
+    TOP,
+    Entry,
+    Manifest,
+    Missing,
+    SavedFlow,
+    SavedFlows,
+    SavedTable,
+)
+from proxy.bundle_secrets import cleaned, without_secrets
+from proxy.doctor import in_doubt, lacking_of
+from proxy.dump import Filter, Open, raw_lines
+from proxy.explain.gather import Means
+from proxy.explain.surroundings import OUR_TABLE, Surroundings, look
 from proxy.output import Shown, write
 from proxy.report import Status
 from rules.dataplane import Capabilities, DataplaneError
 from rules.forwarding import Family, ForwardingTable, format_address
+from rules.iptables.programs import available
+from rules.iptables.text import PREFIX
 
 LOG_LINES = 5000
+MOST_FLOWS = 20_000
 UNIT = "sluice"
 
 T = TypeVar("T")
@@ -70,34 +89,6 @@ _SYSCTLS = (
 _MODULES = ("nf", "nft", "ip", "ip6", "xt", "x_tables", "br_netfilter", "dummy")
 
 
-# --- secrets -----------------------------------------------------------------------------------------------------
-
-_REMOVED = "[removed]"
-_SECRETS = (
-    (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _REMOVED),
-    (re.compile(r"\beyJ[\w-]+\.[\w-]+(\.[\w-]*)?"), _REMOVED),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}"), rf"\1 {_REMOVED}"),
-    (re.compile(r"(?<=://)[^/\s@\"']+@"), f"{_REMOVED}@"),
-    (
-        re.compile(
-            r"(?i)([\w.-]*(?:token|password|passwd|secret|client-key-data|client-certificate-data|api[_-]?key)"
-            r"[\w.-]*[\"']?\s*[=:]\s*)(\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^\s,;}\]]+)"
-        ),
-        rf'\1"{_REMOVED}"',
-    ),
-    (re.compile(r"(?i)(--?[\w-]*(?:token|password|secret)[\w-]*[\"',\s]+)[^\s\"',]+"), rf"\1{_REMOVED}"),
-    (re.compile(r"\bLS0tLS1CRUdJTi[\w+/=]+"), _REMOVED),
-)
-"""PEM, JWT, HTTP authentication, users in URLs, fields and flags by their names, PEM in base 64."""
-
-
-def without_secrets(text: str) -> str:
-    """The text, with what could be a secret taken out."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
-
-
 # --- making ------------------------------------------------------------------------------------------------------
 
 
@@ -116,50 +107,49 @@ class _Archive:
         data = text.encode(errors="replace")
         self.files[name] = data[-LONGEST:], len(data) > LONGEST
 
-    def json(self, name: str, value: Any, *, clean: bool = True) -> None:
-        """A file that is whole or not there at all, its texts without secrets unless it can hold none."""
-        plain = msgspec.to_builtins(value)
-        data = msgspec.json.format(msgspec.json.encode(_clean(plain) if clean else plain))
+    def whole(self, name: str, text: str) -> None:
+        """A text that is there from its beginning to its end, or not at all."""
+        data = text.encode(errors="replace")
         if len(data) > LONGEST:
             self.lack(name, f"it is {len(data)} bytes long, and {LONGEST} are the most")
         else:
             self.files[name] = data, False
 
+    def json(self, name: str, value: Any, *, clean: bool = True) -> None:
+        """A file that is whole or not there at all, its texts without secrets unless it can hold none."""
+        plain = msgspec.to_builtins(value)
+        data = msgspec.json.format(msgspec.json.encode(cleaned(plain) if clean else plain))
+        self.whole(name, data.decode())
+
     def ask(self, name: str, question: Callable[[], T]) -> T | None:
         """An answer; None, and the reason noted, where there is none."""
         try:
             return question()
-        except (AgentError, DataplaneError, OSError, ValueError) as error:
+        except (AgentError, DataplaneError, OSError, ValueError, subprocess.SubprocessError) as error:
             self.lack(name, error)
             return None
 
 
-def _clean(value: Any) -> Any:
-    """Plain values, each text without secrets, and none where its field's name tells one."""
-    if isinstance(value, str):
-        return without_secrets(value)
-    if isinstance(value, dict):
-        return {
-            key: _REMOVED if isinstance(item, str) and item and _TELLS.search(str(key)) else _clean(item)
-            for key, item in value.items()
-        }
-    return [_clean(item) for item in value] if isinstance(value, list) else value
-
-
-_TELLS = re.compile(r"(?i)token|password|passwd|secret|(client-)?key-data|certificate-data|api[_-]?key")
-
-
-def main(output: str, run_directory: str, configuration: Callable[[], Any], *, now: float | None = None) -> int:
+def main(
+    output: str,
+    run_directory: str,
+    configuration: Callable[[], Any],
+    *,
+    open_dataplane: Open | None = None,
+    now: float | None = None,
+) -> int:
     """Write an archive and say where; 0, or 2 if it cannot be written.
 
     Args:
         output: the file, which must not be there yet; empty: one in the working directory, named by node and time.
         run_directory: the agent's.
         configuration: gives the effective configuration as plain values.
+        open_dataplane: how the node's rules are read; None: without any configuration.
         now: seconds since the epoch; by default the clock's.
     """
     moment = time.gmtime(time.time() if now is None else now)
-    archive, manifest = gather(run_directory, configuration, time.strftime("%Y-%m-%dT%H:%M:%SZ", moment))
+    opener = open_dataplane or modes.open_dataplane
+    archive, manifest = gather(run_directory, configuration, opener, time.strftime("%Y-%m-%dT%H:%M:%SZ", moment))
     path = output or f"sluice-bundle-{manifest.node}-{time.strftime('%Y%m%dT%H%M%SZ', moment)}.tar.gz"
     try:
         _write(path, archive)
@@ -172,7 +162,9 @@ def main(output: str, run_directory: str, configuration: Callable[[], Any], *, n
     return 0
 
 
-def gather(run_directory: str, configuration: Callable[[], Any], taken: str) -> tuple[dict[str, bytes], Manifest]:
+def gather(
+    run_directory: str, configuration: Callable[[], Any], open_dataplane: Open, taken: str
+) -> tuple[dict[str, bytes], Manifest]:
     """All files of an archive by name, and its manifest, which is one of them."""
     archive = _Archive()
     status = archive.ask("status.json", lambda: agent_socket.status(run_directory))
@@ -181,7 +173,7 @@ def gather(run_directory: str, configuration: Callable[[], Any], taken: str) -> 
         archive.json("status.json", status)
         tables += _wanted(archive, status, run_directory)
         _objects(archive, run_directory)
-    tables += _held(archive)
+    tables += _held(archive, open_dataplane)
     # Addresses, numbers and names of Services: a Service may be called token and have a port.
     archive.json("tables.json", tables, clean=False)
     for whose in ("wanted", "held"):
@@ -191,6 +183,9 @@ def gather(run_directory: str, configuration: Callable[[], Any], taken: str) -> 
     settings = archive.ask("configuration.json", configuration)
     archive.json("configuration.json", {"effective": settings, "agent": _command_line(status)})
     node = _kernel(archive)
+    archive.json("surroundings.json", node)
+    _flows(archive, run_directory, open_dataplane)
+    _others(archive)
     _log(archive)
     manifest = Manifest(
         format=FORMAT,
@@ -199,6 +194,7 @@ def gather(run_directory: str, configuration: Callable[[], Any], taken: str) -> 
         node=status.node if status is not None else platform.node(),
         addresses=tuple(sorted(node.addresses)),
         node_ips=tuple(node.node_ips.values()),
+        lacking=_lacking(status, open_dataplane),
         files=tuple(Entry(name=name, bytes=len(data), cut=cut) for name, (data, cut) in sorted(archive.files.items())),
         missing=tuple(archive.missing),
     )
@@ -215,12 +211,12 @@ def _wanted(archive: _Archive, status: Status, run_directory: str) -> Iterator[S
             yield _saved("wanted", found.head.dataplane, found.table, found.head.capabilities)
 
 
-def _held(archive: _Archive) -> Iterator[SavedTable]:
+def _held(archive: _Archive, open_dataplane: Open) -> Iterator[SavedTable]:
     """The kernel's tables; its rules become files on the way."""
     for name in modes.present():
         for family in Family:
             try:
-                dataplane = modes.open_dataplane(name, family)
+                dataplane = open_dataplane(name, family)
                 try:
                     raw, capabilities = dataplane.raw(), dataplane.capabilities
                 finally:
@@ -292,6 +288,72 @@ def _kernel(archive: _Archive) -> Surroundings:
     }
     archive.json("kernel.json", facts)
     return node
+
+
+def _lacking(status: Status | None, open_dataplane: Open) -> tuple[str, ...]:
+    """What the kernel does not have that the agent's mode needs."""
+    return tuple(lacking_of(in_doubt(status), Means(open_dataplane))) if status is not None else ()
+
+
+def _flows(archive: _Archive, run_directory: str, open_dataplane: Open) -> None:
+    """The flows through Services; of very many the stale ones first."""
+    report = archive.ask("flows.json", lambda: flows.look(run_directory=run_directory, open_dataplane=open_dataplane))
+    if report is None:
+        return
+    for problem in report.problems:
+        archive.lack("flows.json", problem)
+    found = sorted(report.flows, key=lambda each: not each.stale)
+    saved = tuple(
+        SavedFlow(
+            family=each.family,
+            service=each.service,
+            flow=each.flow._replace(rest=b""),
+            stale=each.stale,
+            draining=each.draining,
+        )
+        for each in found[:MOST_FLOWS]
+    )
+    left_out = max(len(found) - MOST_FLOWS, 0)
+    archive.json("flows.json", SavedFlows(judge=report.judge, flows=saved, left_out=left_out), clean=False)
+
+
+def _others(archive: _Archive) -> None:
+    """Rules of others, as the programs print them that put them there; ours stand in rules-*.txt."""
+    managed: set[str] = set()
+    for family in Family:
+        for backend, programs in available(family).items():
+            name = f"{OTHERS}iptables-{backend}-{family.label}.txt"
+            text = archive.ask(name, programs.saved)
+            if text is None:
+                continue
+            short = "ip" if family is Family.IPV4 else "ip6"
+            managed |= {f"{short} {line[1:]}" for line in text.split("\n") if line.startswith("*")}
+            lines = [line for line in text.split("\n") if not line.startswith((f":{PREFIX}", f"-A {PREFIX}"))]
+            # Without a rule, it is what every kernel has.
+            if any(line.startswith("-A ") or " DROP [" in line for line in lines):
+                archive.whole(name, without_secrets("\n".join(lines)))
+    text = archive.ask(f"{OTHERS}nftables.txt", lambda: _nft_tables(managed))
+    if text:
+        archive.whole(f"{OTHERS}nftables.txt", without_secrets(text))
+
+
+def _nft_tables(managed: Collection[str]) -> str:
+    """All tables of nftables that are neither ours nor of iptables-nft.  Raises OSError, ValueError."""
+    program = shutil.which("nft") or shutil.which("nft", path="/usr/sbin:/sbin")
+    if program is None:
+        raise ValueError("the program nft is not there")
+    listed = _said([program, "list", "tables"])
+    tables = [line.removeprefix("table ") for line in listed.split("\n") if line.startswith("table ")]
+    ours = (OUR_TABLE, f"{OUR_TABLE}-")
+    names = [each for each in tables if each not in managed and not each.partition(" ")[2].startswith(ours)]
+    return "".join(_said([program, "list", "table", *each.split()]) for each in names)
+
+
+def _said(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60)  # noqa: S603  # found by name
+    if done.returncode:
+        raise ValueError(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout.decode(errors="replace")
 
 
 def _log(archive: _Archive) -> None:

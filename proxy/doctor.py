@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TextIO
 
 import msgspec
 
-from proxy import agent_socket, verify
+from proxy import agent_socket, flows, verify
 from proxy.agent_socket import AgentError
 from proxy.compute import View, semantics_of
 from proxy.config.settings import Settings
@@ -39,6 +40,9 @@ from rules.forwarding import (
 )
 
 Format = Literal["text", "json"]
+
+WRITES_TO_CHECK = "iptables"
+"""The mode whose check makes a chain and takes it away: who only looks does without."""
 
 
 def main(
@@ -64,6 +68,11 @@ def main(
     except (CannotTellError, AgentError) as error:
         sys.stderr.write(f"sluice doctor: {error}\n")
         return 2
+    return tell(known, format_, out)
+
+
+def tell(known: Known, format_: Format, out: TextIO) -> int:
+    """Print what is wrong; the exit code, as the head of this module says."""
     found = findings(known)
     for line in known.unread:
         sys.stderr.write(f"sluice doctor: {line}\n")
@@ -93,13 +102,22 @@ def from_agent(run_directory: str, means: Means = Means()) -> Known:  # noqa: B0
     lacking: tuple[str, ...] = ()
     verified: tuple[Verified, ...] = ()
     surroundings: Surroundings | None = None
+    stale: Mapping[str, int] = {}
     labels = {family.label: family for family in Family}
     served = {labels[each.family]: each.dataplane for each in status.families}
     wanted = {family: agent_socket.table(family, run_directory) for family in served}
     tables = {family: fit(table, head.capabilities) for family, (table, head) in wanted.items()}
     if status.network_namespace == agent_socket.network_namespace():
         surroundings = means.look()
-        lacking = tuple(_lacking(served, means))
+        lacking = tuple(lacking_of(in_doubt(status), means))
+        stale = stale_of(
+            flows.look(
+                flows.Chosen(stale=True),
+                run_directory=run_directory,
+                open_conntrack=means.open_conntrack,
+                tables=tuple(tables.values()),
+            )
+        )
     try:
         if status.synced:
             verified = tuple(verify.against_agent(run_directory, means.open_dataplane))
@@ -111,6 +129,7 @@ def from_agent(run_directory: str, means: Means = Means()) -> Known:  # noqa: B0
         status=status,
         surroundings=surroundings,
         verified=verified,
+        stale=stale,
         lacking=lacking,
         unread=tuple(unread),
     )
@@ -145,8 +164,9 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
     verified: tuple[Verified, ...] = ()
     lacking: tuple[str, ...] = ()
     try:
-        mode = modes.choose(settings.mode)
-        lacking = tuple(_lacking(dict.fromkeys(tables, mode), means))
+        mode = modes.choose(settings.mode, settings.iptables_backend)
+        if mode != WRITES_TO_CHECK:
+            lacking = tuple(lacking_of(dict.fromkeys(tables, mode), means))
         verified = tuple(verify.against_tables(tables.values(), mode, means.open_dataplane))
     except DataplaneError as error:
         unread.append(f"the kernel is not compared: {error}")
@@ -179,7 +199,20 @@ def _without_agent(why: str, means: Means) -> Known:
     return Known(tables=tables, surroundings=means.look(), absent=why, unread=unread)
 
 
-def _lacking(dataplanes: Mapping[Family, str], means: Means) -> Iterator[str]:
+def stale_of(report: flows.Report) -> dict[str, int]:
+    """How many flows are stale, by the label of their Service's port."""
+    return dict(Counter(each.service for each in report.flows if each.stale))
+
+
+def in_doubt(status: Status) -> dict[Family, str]:
+    """The dataplanes of which nobody knows whether the kernel has what they need: what they wrote would show it."""
+    labels = {family.label: family for family in Family}
+    return {
+        labels[each.family]: each.dataplane for each in status.families if each.syncs.failures or not each.syncs.count
+    }
+
+
+def lacking_of(dataplanes: Mapping[Family, str], means: Means) -> Iterator[str]:
     """What this node does not have that these dataplanes need."""
     for family, name in dataplanes.items():
         try:

@@ -83,6 +83,8 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     """Why no agent answered, where one was asked."""
     problems: tuple[str, ...] = ()
     """What manifests say of themselves, a line each."""
+    stale: Mapping[str, int] = {}
+    """How many flows are stale, by the label of their Service's port."""
     lacking: tuple[str, ...] = ()
     """What the kernel does not have that the dataplane needs, a line each."""
     unread: tuple[str, ...] = ()
@@ -91,7 +93,9 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
 def findings(known: Known) -> tuple[Finding, ...]:
     """What is wrong, the worst first; of one severity the node's before the Services', those by name."""
-    found = dict.fromkeys((*_of_the_agent(known), *_of_the_node(known), *_of_the_objects(known), *_of_services(known)))
+    found = dict.fromkeys(
+        (*_of_the_agent(known), *_of_the_node(known), *_of_the_objects(known), *_of_services(known), *_of_flows(known))
+    )
     return tuple(
         sorted(
             found,
@@ -276,6 +280,16 @@ def _of_services(known: Known) -> Iterator[Finding]:
                     what=f"port {port}: {cause.words}" if port else cause.words,
                     next=cause.next,
                 )
+
+
+def _of_flows(known: Known) -> Iterator[Finding]:
+    """Flows that go into the void, whatever new connections meet."""
+    for label, count in sorted(known.stale.items()):
+        flows = "flow goes" if count == 1 else "flows go"
+        what = f"{count} {flows} to endpoints that serve no longer, or to none: their clients hear nothing"
+        next_ = f"sluice conntrack --stale --service {label}" if label else "sluice conntrack --stale"
+        subject = _subject(label) if label else "node"
+        yield Finding(severity="warning", subject=subject, kind="stale-flows", what=what, next=next_)
 
 
 def _somebody(network: Prefix, frontend: Frontend) -> bool:

@@ -72,6 +72,13 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked about and cannot be answered, a line each."""
 
 
+def exit_code(answers: Answers) -> int:
+    """0: every connection works; 1: one does not, or there is nothing to connect to."""
+    if answers.missing or not answers.answers:
+        return 1
+    return 0 if all(each.works for each in answers.answers) else 1
+
+
 def answer(asked: Asked, client: Client, evidence: Evidence) -> Answers:
     """What becomes of connections to what is asked, by the evidence."""
     if isinstance(asked, AskedAddress):
@@ -161,7 +168,9 @@ def _usual_origin(tried: Frontend, frontend: Frontend, table: ForwardingTable) -
 def _packet(tried: Frontend, client: Client, origin: Origin | None, evidence: Evidence) -> Packet:
     source, interface = client.address, client.interface
     node = evidence.surroundings
-    if source is None and origin is Origin.NODE:
+    if source is None and origin is Origin.NODE and _is_bound(tried.address, evidence):
+        source = tried.address
+    elif source is None and origin is Origin.NODE:
         source = _own_source(tried.address, evidence)
         if source is not None:
             origin = None  # then the rules tell it by the address, and may take it for a pod's
@@ -178,6 +187,13 @@ def _packet(tried: Frontend, client: Client, origin: Origin | None, evidence: Ev
         interface=interface,
         origin=origin,
     )
+
+
+def _is_bound(destination: Address, evidence: Evidence) -> bool:
+    """Whether an address is the node's own for its frontends' sake: then it is its own source too (IPVS-14)."""
+    table = _table(evidence, family_of(destination))
+    is_ours = destination in evidence.local_addresses or is_loopback(destination)
+    return table.node.bound and not is_ours and any(each.address == destination for each in table.routes)
 
 
 def _own_source(destination: Address, evidence: Evidence) -> Address | None:

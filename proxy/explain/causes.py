@@ -92,8 +92,7 @@ def _of_the_rules(
             )
         case Why.NO_ENDPOINTS | Why.NO_LOCAL_ENDPOINTS:
             if service is None or evidence.cluster is None:
-                words = "no endpoint can serve; why, the objects say, and the rules alone do not"
-                yield Cause(kind="no-endpoints", words=words, next=_slices(key))
+                yield _by_rules_alone(outcome.why, key)
             elif outcome.why is Why.NO_ENDPOINTS:
                 yield _no_endpoints(explanation, evidence.cluster, service, decisions)
             else:
@@ -107,6 +106,15 @@ def _of_the_rules(
             yield Cause(kind="loopback", words=words, next="")
         case Why.UNALLOCATED | Why.NO_FRONTEND:
             yield _unknown(explanation, evidence, table)
+
+
+def _by_rules_alone(why: Why, key: Key | None) -> Cause:
+    """What the rules say of a frontend without backends, where its objects are not known."""
+    if why is Why.NO_LOCAL_ENDPOINTS:
+        words = "the traffic policy is Local, and by the rules no endpoint that can serve is on this node"
+        return Cause(kind="policy-local", words=words, next=_slices(key))
+    words = "no endpoint can serve; why, the objects say, and the rules alone do not"
+    return Cause(kind="no-endpoints", words=words, next=_slices(key))
 
 
 def _closed(explanation: Explanation) -> Cause:

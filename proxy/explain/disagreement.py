@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from proxy.explain.evidence import Evidence
 from rules.diff import FrontendDrift, Presence, compare
-from rules.forwarding import Backend, Family, ForwardingTable, Frontend
+from rules.forwarding import Endpoint, Family, ForwardingTable, Frontend
 
 MOST_DAMAGE = 5
 """How many sentences of damage are told: one is enough to go and look."""
@@ -51,14 +51,15 @@ def _drift(drift: FrontendDrift) -> Iterator[str]:
 
 
 def _hairpins(wanted: ForwardingTable, held: ForwardingTable, frontends: Collection[Frontend]) -> Iterator[str]:
-    """Of the backends of these frontends alone."""
-    backends: set[Backend] = set()
+    """Of the endpoints of these frontends alone: what others make of the same address is not known here."""
+    endpoints: set[Endpoint] = set()
     for table in (wanted, held):
         for frontend in frontends:
             if (route := table.routes.get(frontend)) is not None:
-                backends |= route.backends | (route.local_backends or frozenset())
+                backends = route.backends | (route.local_backends or frozenset())
+                endpoints.update(Endpoint(each.address, frontend.protocol, each.port) for each in backends)
     for endpoint in sorted(wanted.hairpins ^ held.hairpins):
-        if Backend(endpoint.address, endpoint.port) in backends:
+        if endpoint in endpoints:
             lacks = endpoint in wanted.hairpins
             yield f"hairpin {endpoint}: {'wanted, and not in the kernel' if lacks else 'in the kernel, and not wanted'}"
 

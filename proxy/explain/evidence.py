@@ -69,6 +69,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """The rest of the node, when it is this one."""
     problems: tuple[str, ...] = ()
     """What should be known beside the answer, one line each."""
+    live: bool = False
+    """Whether it is of this node and of now, so that its packets can be looked at."""
+
+    @property
+    def relayed(self) -> bool:
+        """Whether processes of the node carry connections (`NodeFacts.relayed`)."""
+        return any(table.node.relayed for table in self.tables.values())
 
 
 def of_this_node(tables: Mapping[Family, ForwardingTable], surroundings: Surroundings) -> Evidence:
@@ -81,4 +88,5 @@ def of_this_node(tables: Mapping[Family, ForwardingTable], surroundings: Surroun
         node_ips=surroundings.node_ips,
         kernel=tables,
         surroundings=surroundings,
+        live=True,
     )

@@ -19,6 +19,7 @@ from proxy.explain.surroundings import Surroundings, look
 from proxy.node import Interfaces
 from rules.dataplane import Dataplane, DataplaneError
 from rules.forwarding import Family, ForwardingTable, family_of
+from rules.netlink.conntrack_table import Conntrack
 
 
 class UnanswerableError(Exception):
@@ -42,6 +43,7 @@ class Means(NamedTuple):
 
     open_dataplane: Callable[[str, Family], Dataplane] = modes.open_dataplane
     look: Callable[..., Surroundings] = look
+    open_conntrack: Callable[[Family], Conntrack] = Conntrack
 
 
 def gather(where: Where, settings: Settings, asked: Asked, client: Client, means: Means) -> Evidence:

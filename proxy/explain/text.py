@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from proxy.explain.answer import Answer, Answers, Unused
 from proxy.explain.causes import Cause
+from proxy.explain.evidence import Evidence
 from rules.explanation import Explanation, Reaches, Share, Untouched, name_of, verdict
-from rules.forwarding import Kind, format_address
+from rules.forwarding import Kind, Protocol, format_address
 
 WIDTH = 104
 """Where clauses stand, unless the words are longer."""
@@ -30,13 +31,13 @@ def lines(answers: Answers) -> Iterator[str]:
     yield f"According to {answers.evidence.words}:"
     for answer in answers.answers:
         yield ""
-        yield from _answer(answer)
+        yield from _answer(answer, answers.evidence)
     for missing in answers.missing:
         yield ""
         yield f"{missing}."
 
 
-def _answer(answer: Answer) -> Iterator[str]:
+def _answer(answer: Answer, evidence: Evidence) -> Iterator[str]:
     explanation = answer.explanation
     yield f"{_heading(answer)}, from {_client(explanation)}"
     if answer.disagreements:
@@ -54,7 +55,7 @@ def _answer(answer: Answer) -> Iterator[str]:
     yield f"  {_conclusion(answer)}"
     for other in answer.others:
         yield f"    From {_other_client(other)}, a connection {verdict(other.outcome)}."
-    yield from _causes(answer)
+    yield from _causes(answer, evidence)
 
 
 def _heading(answer: Answer) -> str:
@@ -102,7 +103,8 @@ def _conclusion(answer: Answer) -> str:
     outcome = answer.explanation.outcome
     ended = f"the connection {verdict(outcome)}."
     if answer.works:
-        return f"It works: {ended}"
+        # What others' rules do is not looked at one by one.
+        return f"{'It works' if not answer.causes else 'By these rules it works'}: {ended}"
     if isinstance(outcome, Untouched):
         return f"It does not go to a Service: {ended}"
     if isinstance(outcome, Reaches):
@@ -114,14 +116,28 @@ def _conclusion(answer: Answer) -> str:
     return f"It does not work: {ended}"
 
 
-def _causes(answer: Answer) -> Iterator[str]:
-    if not answer.causes:
+def _causes(answer: Answer, evidence: Evidence) -> Iterator[str]:
+    hints = list(_hints(answer, relayed=evidence.relayed)) if evidence.live and answer.works else []
+    if not answer.causes and not hints:
         return
     yield "  If it fails all the same:" if answer.works else "  Likely causes, and what to do next:"
-    for cause in _by_certainty(answer.causes):
+    for cause in [*_by_certainty(answer.causes), *hints]:
         yield f"    - {cause.words}"
         if cause.next:
             yield f"        {cause.next}"
+
+
+def _hints(answer: Answer, *, relayed: bool) -> Iterator[Cause]:
+    """Where to look on this node, when nothing is known to be wrong."""
+    label, packet = answer.label, answer.explanation.packet
+    which = f"--service {label}" if label else f"--address {format_address(packet.destination)} --port {packet.port}"
+    if packet.protocol is Protocol.UDP and not relayed:
+        words = "a UDP client that keeps its socket keeps its backend too, whatever became of that"
+        yield Cause(kind="flows", words=words, next=f"sluice conntrack --service {label}" if label else "")
+    words = "what rules of others do with it, and whether it leaves the node, its own packets show"
+    if relayed:
+        words = "whether a worker takes it up, and which backends it tries, the workers tell"
+    yield Cause(kind="trace", words=words, next=f"sluice trace {which}")
 
 
 def _by_certainty(causes: Sequence[Cause]) -> list[Cause]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 
+from proxy.agent_socket import AgentError
 from proxy.config.settings import Settings
-from proxy.explain.answer import Answers, answer
+from proxy.explain.answer import answer, exit_code
 from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_client
 from proxy.explain.data import to_data
 from proxy.explain.evidence import Evidence
 from proxy.explain.gather import Means, UnanswerableError, Where, gather
 from proxy.explain.text import lines
+from proxy.explain.watching import watch
+from rules.dataplane import DataplaneError
 from rules.forwarding import family_of
 
 
@@ -23,6 +26,7 @@ def main(
     *,
     interface: str = "",
     as_json: bool = False,
+    again: bool = False,
     means: Means = Means(),  # noqa: B008  # immutable
 ) -> int:
     """Answer a question on standard output; 0 it works, 1 it does not, 2 usage or nobody could tell.
@@ -34,11 +38,15 @@ def main(
         settings: what manifests are computed with.
         interface: by which interface the client's packets come in; empty: not known.
         as_json: print JSON instead of text.
+        again: go on asking, and print what is another, until ^C.
         means: how this node is read.
     """
     try:
         asked, who = parse_asked(target), parse_client(client, interface)
         _check_families(asked, who)
+        if again:
+            unanswered = (ValueError, UnanswerableError, AgentError, DataplaneError, OSError)
+            return watch(asked, who, lambda: gather(where, settings, asked, who, means), unanswered, as_json=as_json)
         evidence = gather(where, settings, asked, who, means)
     except (ValueError, UnanswerableError) as error:
         sys.stderr.write(f"sluice explain: {error}\n")
@@ -56,13 +64,6 @@ def tell(asked: Asked, client: Client, evidence: Evidence, *, as_json: bool) -> 
     else:
         sys.stdout.writelines(f"{line.rstrip()}\n" for line in lines(answers))
     return exit_code(answers)
-
-
-def exit_code(answers: Answers) -> int:
-    """0: every connection works; 1: one does not, or there is nothing to connect to."""
-    if answers.missing or not answers.answers:
-        return 1
-    return 0 if all(each.works for each in answers.answers) else 1
 
 
 def _check_families(asked: Asked, client: Client) -> None:

@@ -19,6 +19,7 @@ from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_
 from proxy.explain.evidence import Cluster, Evidence, of_this_node
 from proxy.explain.surroundings import Surroundings, look
 from proxy.explain.verb import tell
+from proxy.explain.watching import watch
 from proxy.foreign import wanted
 from proxy.foreign.sources import PROXY, Files, Found, from_files, from_node, without_them
 from proxy.foreign.wanted import CannotTellError
@@ -57,6 +58,7 @@ def main(
     *,
     interface: str = "",
     as_json: bool = False,
+    again: bool = False,
     means: Means = Means(),  # noqa: B008  # frozen
 ) -> int:
     """Answer a question on standard output; 0 it works, 1 it does not, 2 usage or nobody could tell.
@@ -65,6 +67,9 @@ def main(
     """
     try:
         asked, who = parse_asked(target), parse_client(client, interface)
+        if again:
+            unanswered = (ValueError, CannotTellError, ForeignError, AgentError, DataplaneError, OSError)
+            return watch(asked, who, lambda: gather(where, settings, asked, who, means), unanswered, as_json=as_json)
         evidence = gather(where, settings, asked, who, means)
     except (ValueError, CannotTellError, ForeignError, DataplaneError) as error:
         sys.stderr.write(f"sluice explain: {error}\n")
@@ -91,7 +96,7 @@ def gather(where: Where, settings: Settings, asked: Asked, client: Client, means
 def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
     """By rules that were saved, of a node that may be anywhere."""
     found = from_files(where.files.rules)
-    readings, problems = _one_each(found)
+    readings, problems = one_each(found)
     evidence = of_this_node(_tables(readings), Surroundings())
     addresses = where.node_addresses
     cluster: Cluster | None = None
@@ -106,9 +111,10 @@ def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
         evidence,
         words=f"{_title(readings)}, saved in {', '.join(where.files.rules)}",
         surroundings=None,
+        live=False,
         local_addresses=frozenset(addresses),
         node_ips={**_first_of_each(addresses), **evidence.node_ips},
-        cluster=_as_held(cluster, readings, configured=where.configured),
+        cluster=as_held(cluster, readings, configured=where.configured),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -118,7 +124,7 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
     destination = asked.address if isinstance(asked, AskedAddress) else None
     ends = [each for each in (client.address, destination) if each is not None]
     families = tuple({family_of(each) for each in ends}) or tuple(Family)
-    readings, problems = _one_each(means.read(families))
+    readings, problems = one_each(means.read(families))
     if not readings:
         raise ForeignError(f"{PROXY} has no rules in this network namespace")
     evidence = of_this_node(_tables(readings), without_them(means.look(*ends)))
@@ -140,7 +146,8 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
     return msgspec.structs.replace(
         evidence,
         words=f"{_title(readings)} on this node",
-        cluster=_as_held(cluster, readings, configured=where.configured),
+        live=False,
+        cluster=as_held(cluster, readings, configured=where.configured),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -156,7 +163,7 @@ def _manifests(
     return from_manifests(objects.loaded, told, socket.gethostname(), asked, interfaces=interfaces)
 
 
-def _as_held(cluster: Cluster | None, readings: Readings, *, configured: bool) -> Cluster | None:
+def as_held(cluster: Cluster | None, readings: Readings, *, configured: bool) -> Cluster | None:
     """What is wanted in the words of the rules, and without what only all Services together can tell."""
     if cluster is None:
         return None
@@ -180,7 +187,7 @@ def _endpoints(table: ForwardingTable) -> set[Endpoint]:
     }
 
 
-def _one_each(found: Sequence[Found]) -> tuple[Readings, list[str]]:
+def one_each(found: Sequence[Found]) -> tuple[Readings, list[str]]:
     """Of each family the rules with most frontends, and what is left out."""
     chosen: Readings = {}
     problems: list[str] = []

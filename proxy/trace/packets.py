@@ -1,23 +1,49 @@
-"""Events of a trace put together: one value for each packet.
+"""What became of one packet, and events of a trace put together to that.
 
 The kernel numbers packets by where they lie in memory, so that numbers come again, and a packet that the node sends to
-itself gets another one when it comes in by the loopback interface.  There it is known by its headers.
+itself gets another one when it comes in by the loopback interface.  There it is known by its headers.  Lines of legacy
+iptables have no number at all: they belong to the packet of the same source, and may be read before its first event.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import deque
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from rules.forwarding import Family, family_of
+from rules.forwarding import Address, Family, Protocol, family_of
+from rules.netlink.headers import Headers
+from rules.nftables.chains import STICKY_READ, TO_SLOT
 from rules.nftables.expressions import DROP
 from rules.nftables.layout import TABLE
-from rules.nftables.trace import ENTERING, LEAVING, POLICY, SAMPLE, Event, Headers
+from rules.nftables.trace import ENTERING, LEAVING, POLICY, SAMPLE, Event
 
 LOOPBACK = 1
 """The index of the loopback interface: it is the first of every network namespace."""
 MOST_OPEN = 1000
+MOST_EARLY = 10_000
+"""Lines that are kept for packets whose first event was not read yet."""
+_REMEMBERED = "the client is remembered, and gets the backend that it had (affinity)"
+_FORGOTTEN = "the client is remembered, and the backend that it had is gone: it gets another (affinity)"
+
+
+class Whose(NamedTuple):
+    """The proxy whose rules are followed, by which of them are its own."""
+
+    name: str
+    table: str
+    """Of nftables."""
+    chains: str
+    """How the names of its chains begin in tables of iptables."""
+
+    def has(self, table: str, chain: str) -> bool:
+        """Whether a chain is its own."""
+        return table == self.table or chain.startswith(self.chains)
+
+
+SLUICE = Whose("sluice", TABLE, "SLUICE-")
+KUBE_PROXY = Whose("kube-proxy", "kube-proxy", "KUBE-")
 
 
 class Place(NamedTuple):
@@ -27,6 +53,14 @@ class Place(NamedTuple):
     table: str
     chain: str
     handle: int
+    """In nftables the rule's handle; in legacy iptables its number in the chain."""
+    target: str = ""
+    """In legacy iptables, where handles are unknown: DROP or REJECT."""
+
+    @property
+    def legacy(self) -> bool:
+        """Whether it is of legacy iptables."""
+        return bool(self.target)
 
 
 class Traced(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,14 +71,18 @@ class Traced(msgspec.Struct, frozen=True, kw_only=True):
     after: Headers
     """As it was seen last."""
     input: int = 0
-    """The index of the interface by which it came in; 0: the node sent it."""
+    """The index of the interface by which it came in; 0: the node sent it, or nobody said."""
     output: int = 0
-    """By which it left; 0: it did not."""
+    """By which it left; 0: it did not, or nobody said."""
     chains: tuple[str, ...] = ()
-    """Those of our table that it went through, in order."""
+    """Those of the proxy that it went through, in order."""
     dropped: Place | None = None
     arrived: bool = False
     """Whether it left the node or reached a socket of it."""
+    failed: str = ""
+    """Why a worker gave the connection up, without a backend."""
+    notes: tuple[str, ...] = ()
+    """What else was seen."""
 
     @property
     def family(self) -> Family:
@@ -56,17 +94,33 @@ class Traced(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def masqueraded(self) -> bool:
-        return self.before.source != self.after.source
+        """Whether the one who answers sees another source: of what the node sends itself, mostly the port alone."""
+        return (self.before.source, self.before.source_port) != (self.after.source, self.after.source_port)
+
+
+class Passed(NamedTuple):
+    """That a packet met a rule of legacy iptables."""
+
+    headers: Headers
+    """As they were there."""
+    place: Place
+    ends: bool
+    """Whether it ended there."""
+
+
+_Source = tuple[Address, int, Protocol]
 
 
 class Assembly:
-    """Packets on their way, by the events of one trace; `own_table` is that of the trace."""
+    """Packets on their way, by the events of one trace: `own_table` is that of the trace, `whose` the proxy."""
 
-    def __init__(self, own_table: str) -> None:
+    def __init__(self, own_table: str, whose: Whose = SLUICE) -> None:
         self._own_table = own_table
+        self._whose = whose
         self._open: dict[int, Traced] = {}
         self._looped: dict[Headers, Traced] = {}
         """What left by the loopback interface, and has not come in yet."""
+        self._early: deque[Passed] = deque(maxlen=MOST_EARLY)
 
     def add(self, event: Event) -> list[Traced]:
         """Take note of an event; the packets that are complete with it."""
@@ -82,27 +136,86 @@ class Assembly:
             traced = looped
         if traced is None:
             return lost
-        traced = _advanced(traced, event)
+        traced = self._with_early(_advanced(traced, event, self._whose))
         self._open.pop(event.id, None)
+        if traced.dropped is not None:
+            return [*lost, traced]
         if own and event.chain == LEAVING and event.output == LOOPBACK:
             self._looped[traced.after] = traced
         elif own and event.chain in {LEAVING, ENTERING}:
             return [*lost, msgspec.structs.replace(traced, arrived=True)]
-        elif traced.dropped is not None:
-            return [*lost, traced]
         elif len(self._open) < MOST_OPEN:
             self._open[event.id] = traced
         return lost
+
+    def passed(self, passed: Passed) -> list[Traced]:
+        """Take note of a line; the packets that are complete with it."""
+        found = _lined(self._open, passed, self._whose)
+        if found is None:
+            found = _lined(self._looped, passed, self._whose)
+        if found is None:
+            self._early.append(passed)
+        return found or []
 
     def rest(self) -> list[Traced]:
         """Packets that were seen and of which no end was told."""
         return [*self._open.values(), *self._looped.values()]
 
+    def _with_early(self, traced: Traced) -> Traced:
+        """A packet with the lines that were read before it was known."""
+        if not self._early:
+            return traced
+        left: deque[Passed] = deque(maxlen=MOST_EARLY)
+        for each in self._early:
+            if traced.dropped is None and _is_of(each, traced):
+                traced = _went_through(traced, each, self._whose)
+            else:
+                left.append(each)
+        self._early = left
+        return traced
 
-def _advanced(traced: Traced, event: Event) -> Traced:
+
+_Key = TypeVar("_Key")
+
+
+def _lined(packets: dict[_Key, Traced], passed: Passed, whose: Whose) -> list[Traced] | None:
+    """Write a line to its packet; the packets that end with it; None: it is not among these."""
+    key = next((key for key, traced in packets.items() if _is_of(passed, traced)), None)
+    if key is None:
+        return None
+    traced = packets[key] = _went_through(packets[key], passed, whose)
+    if traced.dropped is None:
+        return []
+    del packets[key]
+    return [traced]
+
+
+def _source(headers: Headers) -> _Source:
+    return headers.source, headers.source_port, headers.protocol
+
+
+def _is_of(passed: Passed, traced: Traced) -> bool:
+    """Whether a line is about a packet: of its source, or of its headers as they were seen last."""
+    return passed.headers == traced.after or _source(passed.headers) == _source(traced.before)
+
+
+def _went_through(traced: Traced, passed: Passed, whose: Whose) -> Traced:
+    chains, name = traced.chains, passed.place.chain
+    if name not in chains and whose.has(passed.place.table, name):
+        chains += (name,)
+    return msgspec.structs.replace(
+        traced, after=passed.headers, chains=chains, dropped=passed.place if passed.ends else None
+    )
+
+
+def _advanced(traced: Traced, event: Event, whose: Whose) -> Traced:
     chains = traced.chains
-    if event.table == TABLE:
-        chains += tuple(each for each in (event.chain, event.target) if each and each not in chains)
+    for each in (event.chain, event.target):
+        if each and each not in chains and whose.has(event.table, each):
+            chains += (each,)
+    notes = traced.notes
+    if event.table == TABLE and event.target == TO_SLOT:
+        notes = _by_affinity(notes, remembered=event.chain == STICKY_READ)
     dropped = None
     if event.verdict >= 0 and event.verdict & 0xFF == DROP:
         dropped = Place(event.family, event.table, event.chain, 0 if event.kind == POLICY else event.handle)
@@ -111,5 +224,14 @@ def _advanced(traced: Traced, event: Event) -> Traced:
         after=event.headers or traced.after,
         output=event.output if event.chain == LEAVING else traced.output,
         chains=chains,
+        notes=notes,
         dropped=dropped,
     )
+
+
+def _by_affinity(notes: tuple[str, ...], *, remembered: bool) -> tuple[str, ...]:
+    """What is told of a client whose backend is looked up: as it is remembered, or anew."""
+    if remembered:
+        return (*notes, _REMEMBERED)
+    # A remembered backend that is gone is looked up in vain.
+    return tuple(_FORGOTTEN if each == _REMEMBERED else each for each in notes)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from proxy.explain.text import WIDTH
-from proxy.trace.packets import Place, Traced
+from proxy.trace.judged import Judge
+from proxy.trace.packets import SLUICE, Place, Traced, Whose
 from rules.explain import explain
 from rules.explanation import (
-    Dropped,
     Explanation,
+    Origin,
     Outcome,
     Packet,
     Reaches,
-    Rejected,
     Share,
     Untouched,
     Why,
@@ -25,24 +25,8 @@ from rules.explanation import (
     verdict,
 )
 from rules.forwarding import Address, Backend, Family, ForwardingTable, format_host
-from rules.nftables.chains import (
-    GUARD_LOOPBACK,
-    REFUSE_CLUSTER_IPS,
-    REFUSE_FRONTENDS,
-    REFUSE_NODE_PORTS,
-    SOURCE_RANGES,
-)
-from rules.nftables.layout import TABLE
-from rules.nftables.trace import Headers
+from rules.netlink.headers import Headers
 
-_DROPS = {
-    SOURCE_RANGES: Why.SOURCE_RANGES,
-    REFUSE_FRONTENDS: Why.NO_LOCAL_ENDPOINTS,
-    REFUSE_NODE_PORTS: Why.NO_LOCAL_ENDPOINTS,
-    REFUSE_CLUSTER_IPS: Why.UNALLOCATED,
-    GUARD_LOOPBACK: Why.LOOPBACK,
-}
-_REJECTS = {REFUSE_CLUSTER_IPS: Why.CLOSED_PORT}
 _FAMILIES = {1: "inet", Family.IPV4.af: "ip", Family.IPV6.af: "ip6"}
 
 
@@ -53,9 +37,11 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     explanation: Explanation
     """By the table that the kernel held when the trace began."""
     outcome: Outcome | None
-    """What was seen; None: rules of others dropped it, or no end was told."""
+    """What was seen; None: rules of others dropped it, no worker found it a backend, or no end was told."""
     interfaces: tuple[str, str]
     """By which it came in and left; empty where it did not."""
+    whose: Whose = SLUICE
+    """The proxy whose rules are followed."""
 
     @property
     def expected(self) -> bool:
@@ -65,43 +51,57 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
             return True
         if isinstance(seen, Reaches) and isinstance(said, Reaches):
             [share] = seen.shares
-            return any((each.backend, each.masqueraded) == (share.backend, share.masqueraded) for each in said.shares)
+            # Masqueraded to the very address that it had, nothing but the port can tell, and that only by chance.
+            same = self.traced.before.source == self.traced.after.source
+            return any(
+                each.backend == share.backend and (same or each.masqueraded == share.masqueraded)
+                for each in said.shares
+            )
         return type(seen) is type(said)
+
+
+class Witness(NamedTuple):
+    """The node on which packets were seen."""
+
+    interface: Callable[[int], str]
+    """The name of the interface with an index."""
+    way_back: Callable[[Address], str]
+    """By which interface answers to an address leave: by that packets of it came, where nobody has seen them come."""
+    judge: Judge
 
 
 def tell(
     traced: Traced,
     table: ForwardingTable,
     local_addresses: AbstractSet[Address],
-    interface: Callable[[int], str],
-    rejects: Callable[[Place], bool],
+    seen_by: Witness,
 ) -> Told:
-    """What is known about a packet; `rejects` says of a rule of ours that drops whether it is by a refusal."""
+    """What is known about a packet."""
     before = traced.before
-    incoming = interface(traced.input) if traced.input else ""
+    incoming = seen_by.interface(traced.input) if traced.input else ""
+    # What goes to the node's own address of a Service has that for its source too, whether an interface has it or not.
+    own = before.source == before.destination
     packet = Packet(
         destination=before.destination,
         protocol=before.protocol,
         port=before.port,
         source=before.source,
-        interface=incoming,
+        interface=incoming or ("" if own or before.source in local_addresses else seen_by.way_back(before.source)),
+        origin=Origin.NODE if own else None,
     )
+    explanation = explain(table, packet, local_addresses)
     return Told(
         traced=traced,
-        explanation=explain(table, packet, local_addresses),
-        outcome=_outcome(traced, rejects),
-        interfaces=(incoming, interface(traced.output) if traced.output else ""),
+        explanation=explanation,
+        outcome=_outcome(traced, explanation, seen_by.judge),
+        interfaces=(incoming, seen_by.interface(traced.output) if traced.output else ""),
+        whose=seen_by.judge.whose,
     )
 
 
-def _outcome(traced: Traced, rejects: Callable[[Place], bool]) -> Outcome | None:
-    place = traced.dropped
-    if place is not None:
-        if place.table != TABLE or place.chain not in _DROPS:
-            return None
-        if rejects(place):
-            return Rejected(_REJECTS.get(place.chain, Why.NO_ENDPOINTS))
-        return Dropped(_DROPS[place.chain])
+def _outcome(traced: Traced, explanation: Explanation, judge: Judge) -> Outcome | None:
+    if traced.dropped is not None:
+        return judge.outcome(traced.dropped, explanation.outcome)
     if not traced.arrived:
         return None
     if not traced.translated:
@@ -113,7 +113,17 @@ def _outcome(traced: Traced, rejects: Callable[[Place], bool]) -> Outcome | None
 def _by(place: Place) -> str:
     family = _FAMILIES.get(place.family, f"family {place.family}")
     what = f"rule {place.handle}" if place.handle else "the policy"
-    return f"{what} of chain {place.chain} of table {family} {place.table}"
+    kind = "legacy table" if place.legacy else "table"
+    return f"{what} of chain {place.chain} of {kind} {family} {place.table}"
+
+
+def _listing(place: Place) -> str:
+    """The command that shows a rule."""
+    family = _FAMILIES.get(place.family, "")
+    if place.legacy:
+        program = "ip6tables-legacy" if family == "ip6" else "iptables-legacy"
+        return f"{program} -t {place.table} -nvL {place.chain} --line-numbers"
+    return f"nft -a list chain {family} {place.table} {place.chain}" if family else ""
 
 
 def _ends(headers: Headers) -> tuple[str, str]:
@@ -135,7 +145,10 @@ def lines(told: Told) -> Iterator[str]:
         yield f"  Chains: {', '.join(traced.chains)}"
     source, destination = _ends(traced.after)
     yield f"  Seen last: {source} -> {destination}{f', out by {outgoing}' if outgoing else ''}"
+    yield from (f"  {note[:1].upper()}{note[1:]}" for note in traced.notes)
     yield f"  {_conclusion(told)}"
+    if traced.dropped is not None and (command := _listing(traced.dropped)):
+        yield f"    {command}"
     if not told.expected:
         yield f"  ! The rules as they were when the trace began say: it {verdict(explanation.outcome)}."
 
@@ -143,8 +156,12 @@ def lines(told: Told) -> Iterator[str]:
 def _conclusion(told: Told) -> str:
     traced = told.traced
     if traced.dropped is not None:
-        what = verdict(told.outcome) if told.outcome is not None else "is dropped, not by sluice but"
+        own = told.whose.has(traced.dropped.table, traced.dropped.chain)
+        whose = "is dropped" if own else f"is dropped, not by {told.whose.name} but"
+        what = verdict(told.outcome) if told.outcome is not None else whose
         return f"The connection {what} by {_by(traced.dropped)}."
+    if traced.failed:
+        return f"The connection is given up by the worker: {traced.failed}."
     if told.outcome is None:
         return (
             "It was not seen leaving the node or reaching a socket: there may be no route, or rules of others ate it."
@@ -158,8 +175,10 @@ def to_data(told: Told) -> dict[str, Any]:
     share = outcome.shares[0] if isinstance(outcome, Reaches) else None
     if outcome is not None:
         is_, why = msgspec.to_builtins(outcome)["is"], None if isinstance(outcome, Reaches) else outcome.why.value
+    elif traced.dropped is not None:
+        is_, why = "dropped", "others"
     else:
-        is_, why = ("dropped", "others") if traced.dropped is not None else ("unseen", None)
+        is_, why = ("failed", traced.failed) if traced.failed else ("unseen", None)
     return {
         "service": explanation.route.label if explanation.route is not None else "",
         "frontend": str(explanation.frontend) if explanation.frontend is not None else None,
@@ -177,5 +196,6 @@ def to_data(told: Told) -> dict[str, Any]:
         },
         "expected": told.expected,
         "chains": list(traced.chains),
+        "notes": list(traced.notes),
         "steps": [{"kind": step.kind.value, "words": step.words, "clause": step.clause} for step in explanation.steps],
     }

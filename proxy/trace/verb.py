@@ -1,130 +1,199 @@
-"""The verb: ask the kernel for traces, put them together, print; for a bounded time and number of packets."""
+"""The verb: have connections told, by whoever carries them, and print; for a bounded time and number.
+
+nftables, iptables   their packets through the kernel's rules (`by_rules`)
+userspace            connections, from the workers (`by_workers`)
+ipvs, and kernels    connections, from connection tracking (`by_flows`)
+without nf_tables
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import socket
 import sys
-import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
 
-from proxy.dump import Filter
-from proxy.explain.routing import own_addresses
-from proxy.modes import open_dataplane
-from proxy.trace.packets import Assembly, Place, Traced
-from proxy.trace.told import lines, tell, to_data
+from proxy import modes
+from proxy.dump import Filter, Open, read_all
+from proxy.explain.routing import own_addresses, way_to
+from proxy.trace import by_flows, by_rules
+from proxy.trace.asked import Bounds, Question, UntraceableError, question_of
+from proxy.trace.by_rules import NoTracesError
+from proxy.trace.ending import Ending
+from proxy.trace.judged import Judge
+from proxy.trace.packets import KUBE_PROXY, SLUICE, Traced, Whose
+from proxy.trace.told import Witness, lines, tell, to_data
 from rules.dataplane import DataplaneError
-from rules.forwarding import Address, Family, ForwardingTable, family_of
-from rules.netlink.attributes import DecodeError
-from rules.netlink.transaction import NetfilterSocket, NetlinkError, TransactionError
-from rules.nftables.expressions import Reject
-from rules.nftables.layout import TABLE
-from rules.nftables.objects import decode_rule, list_rules
-from rules.nftables.trace import Listener, Wanted, trace_table
+from rules.foreign.gathering import ForeignError
+from rules.forwarding import Address, Family, ForwardingTable
+from rules.iptables.programs import available
+from rules.iptables.trace import Chain, chains_of
+
+__all__ = ["Bounds", "main"]
+
+By = Literal["", "rules", "conntrack"]
+"""How connections are seen; empty: as the mode allows."""
+
+_BY_RULES = ("nftables", "iptables")
+_NOT_BEGUN = "begun in {:g} s (those that were open before are not traced: sluice conntrack shows them)"
+_NOT_SEEN = {"userspace": "taken up by a worker in {:g} s (what the kernel refuses before, sluice explain tells)"}
+"""What is said where nothing was seen, by mode."""
+_LEGACY_NAMES = {Family.IPV4: "ip_tables_names", Family.IPV6: "ip6_tables_names"}
+_NET = Path("/proc/thread-self/net")
 
 
-class Bounds(NamedTuple):
-    """When a trace ends: whichever comes first."""
-
-    seconds: float
-    packets: int
-
-
-class UntraceableError(Exception):
-    """Nothing can be traced; the message says why and what to do."""
-
-
-def main(wanted: Filter, source: Address, bounds: Bounds, *, as_json: bool) -> int:
+def main(
+    wanted: Filter,
+    source: Address,
+    bounds: Bounds,
+    open_dataplane: Open = modes.open_dataplane,
+    *,
+    by: By = "",
+    of: str = "",
+    as_json: bool,
+) -> int:
     """Print what becomes of first packets; 0, 1 if none was seen, 2 if it cannot be told.
 
     Args:
-        wanted: which frontends; nothing: all that the kernel's rules have.
+        wanted: which frontends; nothing: all that the node's rules have.
         source: from whom; empty: from anybody.
         bounds: when it ends.
+        open_dataplane: how the node's rules are read.
+        by: how connections are seen.
+        of: whose rules carry them; empty: those of sluice, or where there are none those of another proxy.
         as_json: print one object a line.
     """
     try:
-        tables = _read()
-        asked = {family: each for family, table in tables.items() if (each := _wanted(table, wanted, source))}
-        if not asked:
+        name, tables, whose = _read(open_dataplane, of)
+        question = question_of(tables, wanted, source, bounds, whose)
+        if question is None:
             sys.stderr.write("sluice trace: no frontend is what was asked for\n")
             return 1
-        return _trace(tables, asked, bounds, as_json=as_json)
-    except UntraceableError as error:
-        sys.stderr.write(f"sluice trace: {error}\n")
-        return 2
-
-
-def _read() -> dict[Family, ForwardingTable]:
-    tables = {}
-    for family in Family:
-        try:
-            with contextlib.closing(open_dataplane("nftables", family)) as dataplane:
-                table = dataplane.read()
-        except DataplaneError as error:
-            raise UntraceableError(str(error)) from None
-        if table is not None:
-            tables[family] = table
-    if not tables:
-        raise UntraceableError(
-            "no rules of mode nftables are in the kernel of this network namespace; other modes cannot be traced"
-        )
-    return tables
-
-
-def _wanted(table: ForwardingTable, wanted: Filter, source: Address) -> Wanted | None:
-    """Which packets of a table's family are traced; None: none can be what was asked for."""
-    given = [each for each in (wanted.address, source) if each]
-    if any(family_of(each) is not table.family for each in given):
-        return None
-    if not (wanted.namespace or wanted.service) and (wanted.address or wanted.port):
-        # Also what is no frontend: a closed port, an address that no Service has.
-        return Wanted(None, wanted.address or b"", wanted.port, source)
-    frontends = frozenset(frontend for frontend, route in table.routes.items() if wanted.admits(frontend, route))
-    return Wanted(frontends, source=source) if frontends else None
-
-
-def _trace(tables: dict[Family, ForwardingTable], asked: dict[Family, Wanted], bounds: Bounds, *, as_json: bool) -> int:
-    try:
-        with Listener() as listener, NetfilterSocket() as owner:
-            name = f"sluice-trace-{owner.port}"
-            for family, wanted in asked.items():
-                owner.commit(trace_table(family, name, wanted, bounds.packets))
-            sys.stderr.write(f"sluice trace: at work for {bounds.seconds:g} s or {bounds.packets} packets\n")
-            sys.stderr.flush()
-            local_addresses = frozenset(own_addresses())
-            seen = 0
-            for traced in _packets(listener, Assembly(name), bounds):
-                told = tell(traced, tables[traced.family], local_addresses, _interface, _rejects)
+        local_addresses = frozenset(own_addresses())
+        seen = 0
+        witness = Witness(_interface, _way_back, Judge(by_rules.rejects, whose))
+        with Ending(bounds.seconds) as ending:
+            for traced in _packets(name, question, by, ending, local_addresses):
+                told = tell(traced, tables[traced.family], local_addresses, witness)
                 text = json.dumps(to_data(told)) if as_json else "\n".join(lines(told)) + "\n"
                 sys.stdout.write(f"{text}\n")
                 sys.stdout.flush()
                 seen += 1
-            if listener.lost:
-                sys.stderr.write("sluice trace: the kernel told more than could be read: packets are missing\n")
-    except (TransactionError, OSError) as error:
-        raise UntraceableError(_obstacle(error)) from None
+    except UntraceableError as error:
+        sys.stderr.write(f"sluice trace: {error}\n")
+        return 2
     if not seen:
-        sys.stderr.write(f"sluice trace: no such connection was begun in {bounds.seconds:g} s\n")
+        note(f"no such connection was {_NOT_SEEN.get(name, _NOT_BEGUN).format(bounds.seconds)}")
     return 0 if seen else 1
 
 
-def _packets(listener: Listener, assembly: Assembly, bounds: Bounds) -> Iterator[Traced]:
-    """Packets as they are complete, at last those of which no end was told; ^C ends it early."""
-    deadline = time.monotonic() + bounds.seconds
-    left = bounds.packets
-    with contextlib.suppress(KeyboardInterrupt):
-        while left and (seconds := deadline - time.monotonic()) > 0:
-            for event in listener.events(seconds):
-                for traced in assembly.add(event)[:left]:
-                    left -= 1
-                    yield traced
-                if not left or time.monotonic() > deadline:
-                    break
-    yield from assembly.rest()[:left]
+def _read(open_dataplane: Open, of: str) -> tuple[str, dict[Family, ForwardingTable], Whose]:
+    """The mode that carries the node's Services, its tables, and whose they are."""
+    if of == KUBE_PROXY.name:
+        return _read_other()
+    shown, failures = read_all(open_dataplane)
+    routes: dict[str, int] = {}
+    for each in shown:
+        routes[each.dataplane] = routes.get(each.dataplane, 0) + len(each.table.routes)
+    if not routes and not of and not failures:
+        with contextlib.suppress(UntraceableError):
+            found = _read_other()
+            note("sluice has no rules here, and kube-proxy has: connections are followed through those")
+            return found
+    if not routes:
+        raise UntraceableError(
+            "; ".join(failures) or "nothing of sluice is in the kernel of this network namespace: no Service is served"
+        )
+    # Remains of another mode may be there too, until the agent has removed them.
+    name = max(routes, key=lambda name: routes[name])
+    return name, {each.table.family: each.table for each in shown if each.dataplane == name}, SLUICE
+
+
+def _read_other() -> tuple[str, dict[Family, ForwardingTable], Whose]:
+    """The same of kube-proxy, whose modes are those of its rules."""
+    from proxy.foreign.explain import one_each  # noqa: PLC0415  # where sluice's rules are, nobody needs it
+    from proxy.foreign.sources import from_node  # noqa: PLC0415  # likewise
+
+    try:
+        readings, problems = one_each(from_node())
+    except (ForeignError, DataplaneError) as error:
+        raise UntraceableError(str(error)) from None
+    if not readings:
+        raise UntraceableError("kube-proxy has no rules in this network namespace")
+    for problem in problems:
+        note(problem)
+    found = next(iter(readings.values())).reading
+    return found.mode, {family: each.reading.table for family, each in readings.items()}, KUBE_PROXY
+
+
+def note(line: str) -> None:
+    """Say something on standard error."""
+    sys.stderr.write(f"sluice trace: {line}\n")
+    sys.stderr.flush()
+
+
+class _Standard:
+    """Says on standard error what is said beside the packets."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+
+    def ready(self) -> None:
+        self.note(f"at work for {self._bounds.seconds:g} s or {self._bounds.packets} packets")
+
+    def note(self, line: str) -> None:
+        note(line)
+
+
+def _packets(
+    name: str, question: Question, by: By, ending: Ending, local_addresses: frozenset[Address]
+) -> Iterator[Traced]:
+    hear = _Standard(question.bounds)
+    if name == "userspace":
+        if by:
+            raise UntraceableError(f"--by {by} is for modes whose packets the kernel carries: this is mode userspace")
+        from proxy.trace import by_workers  # noqa: PLC0415  # msgpack and processes, which the others do without
+
+        yield from by_workers.packets(question, ending, hear)
+        return
+    if by == "rules" and name not in _BY_RULES:
+        raise UntraceableError(f"--by rules is for modes {' and '.join(_BY_RULES)}: this is mode {name}")
+    if by != "conntrack" and name in _BY_RULES:
+        try:
+            yield from by_rules.packets(question, ending, hear, _legacy(question))
+        except NoTracesError as error:
+            if by:
+                raise
+            hear.note(str(error))
+        else:
+            return
+    yield from by_flows.packets(question, ending, hear, local_addresses)
+
+
+def _legacy(question: Question) -> Mapping[Family, Mapping[tuple[str, str], Chain]]:
+    """The chains of legacy iptables, of the families that have any: rules of others count too."""
+    found = {}
+    for family in question.wanted:
+        try:
+            if not (_NET / _LEGACY_NAMES[family]).read_text().strip():
+                continue
+        except OSError:
+            continue
+        saved = ""
+        programs = available(family).get("legacy")
+        if programs is not None:
+            with contextlib.suppress(DataplaneError):
+                saved = programs.saved()
+        found[family] = chains_of(saved)
+    return found
+
+
+def _way_back(address: Address) -> str:
+    way = way_to(address)
+    return way.interface if way is not None else ""
 
 
 def _interface(index: int) -> str:
@@ -132,25 +201,3 @@ def _interface(index: int) -> str:
         return socket.if_indextoname(index)
     except OSError:
         return f"interface {index}"  # it is gone since
-
-
-def _rejects(place: Place) -> bool:
-    """Whether a rule of our table refuses by ICMP; a rule that is gone counts as one that drops."""
-    try:
-        family = next(family for family in Family if family.af == place.family)
-        with NetfilterSocket() as reader:
-            listed = [decode_rule(each)[1] for each in reader.dump(list_rules(family, TABLE))]
-    except (StopIteration, NetlinkError, DecodeError):
-        return False
-    return any(
-        each.handle == place.handle and any(isinstance(one, Reject) for one in each.rule.expressions) for each in listed
-    )
-
-
-def _obstacle(error: TransactionError | OSError) -> str:
-    codes = {each.errno for each in error.errors} if isinstance(error, TransactionError) else {error.errno}
-    if codes & {errno.EPERM, errno.EACCES}:
-        return "it takes CAP_NET_ADMIN in this network namespace: run it as root"
-    if isinstance(error, TransactionError) and codes & {errno.EOPNOTSUPP, errno.EINVAL}:
-        return f"this kernel cannot trace so that it ends by itself (that takes Linux 5.12 with nf_tables): {error}"
-    return str(error)

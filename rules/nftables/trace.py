@@ -11,22 +11,21 @@ however that ends.  Its chains are
     new-*       behind connection tracking, before any translation: first packets of UDP flows
     wanted      those that are asked for
     sample      sets `nftrace`, on so many packets and no more: the bound holds in the kernel
-    leaving     behind everything in postrouting: no rules, but its policy tells the headers as the packet goes out
+    behind-*    behind destination NAT: no rules, but its policy tells the headers of the packet
+    leaving     the same behind everything in postrouting, as the packet goes out
     entering    the same in input
 
 What comes back over the loopback interface is traced on its way out already.
+
+Rules of iptables-nft are told as rules of its tables.  Legacy iptables looks at the same mark on the packet, and tells
+its own rules another way: see `rules.iptables.trace`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import select
-import socket
-import struct
-from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import NamedTuple, Self
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from rules.forwarding import Address, Family, Frontend, Protocol
 from rules.netlink.attributes import (
@@ -40,9 +39,11 @@ from rules.netlink.attributes import (
     parse_text,
     text_of,
 )
+from rules.netlink.headers import Headers, headers_of
+from rules.netlink.listening import Listening
 from rules.netlink.transaction import SUBSYSTEM_NFTABLES, attributes_of, family_of
 from rules.nftables import names
-from rules.nftables.elements import PROTOCOLS, frontend_key
+from rules.nftables.elements import frontend_key
 from rules.nftables.expressions import (
     ACCEPT,
     EQUAL,
@@ -84,16 +85,14 @@ SAMPLE, LEAVING, ENTERING = "sample", "leaving", "entering"
 _META_NFTRACE = 12
 _FRONTENDS, _NODE_PORTS = "frontends", "node-ports"
 _WANTED = "wanted"
-_BEFORE_ALL, _BEFORE_TRANSLATION, _BEHIND_ALL = -350, -199, 300
+_BEFORE_ALL, _BEFORE_TRANSLATION, _BEHIND_TRANSLATION, _BEHIND_ALL = -350, -199, -99, 300
 _WEEK = 7 * 24 * 3600
 _SYN, _SYN_ACK_FIN_RST = 0x02, 0x17
 _SCTP_INIT = 1
 
-_NETLINK_NETFILTER = 12
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _GROUP_TRACE = 9
-_SO_RCVBUFFORCE = 33
-_ROOM = 8 << 20
+_ROOM = 32 << 20
+"""Bytes for what waits: a thousand packets, which meet some forty rules and policies each."""
 _TRACE = SUBSYSTEM_NFTABLES << 8 | 17
 
 _TABLE, _CHAIN, _HANDLE, _TYPE, _VERDICT, _ID = 1, 2, 3, 4, 5, 6
@@ -101,7 +100,6 @@ _NETWORK, _TRANSPORT, _IN, _OUT, _POLICY = 8, 9, 10, 12, 16
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 POLICY, RULE = 1, 3
 """What an event is about: the policy of a base chain, a rule.  2 is a return at a chain's end."""
-_PORTS = struct.Struct("!HH")
 
 
 # --- asking ----------------------------------------------------------------------------------------------------
@@ -173,6 +171,8 @@ def _chains(header: Header, wanted: Wanted, most: int) -> tuple[ChainSpec, ...]:
         chain("first-output", syn, init, hook=Hook("filter", OUTPUT, _BEFORE_ALL)),
         chain("new-prerouting", (*from_outside, *new), hook=Hook("filter", PREROUTING, _BEFORE_TRANSLATION)),
         chain("new-output", new, hook=Hook("filter", OUTPUT, _BEFORE_TRANSLATION)),
+        chain("behind-prerouting", hook=Hook("filter", PREROUTING, _BEHIND_TRANSLATION)),
+        chain("behind-output", hook=Hook("filter", OUTPUT, _BEHIND_TRANSLATION)),
         chain(LEAVING, hook=Hook("filter", POSTROUTING, _BEHIND_ALL)),
         chain(ENTERING, hook=Hook("filter", INPUT, _BEHIND_ALL)),
     )
@@ -193,16 +193,6 @@ def _wanted(header: Header, wanted: Wanted) -> list[Phrase]:
 
 
 # --- listening -------------------------------------------------------------------------------------------------
-
-
-class Headers(NamedTuple):
-    """Addresses and ports of a packet."""
-
-    source: Address
-    source_port: int
-    destination: Address
-    port: int
-    protocol: Protocol
 
 
 class Event(NamedTuple):
@@ -244,75 +234,23 @@ def decode_event(payload: bytes) -> Event:
         handle=parse_be64(found[_HANDLE]) if _HANDLE in found else 0,
         verdict=verdict - (1 << 32) if verdict >> 31 else verdict,
         target=target,
-        headers=_headers(found.get(_NETWORK, b""), found.get(_TRANSPORT, b"")),
+        headers=headers_of(found.get(_NETWORK, b""), found.get(_TRANSPORT, b"")),
         input=be32_of(found, _IN, 0),
         output=be32_of(found, _OUT, 0),
     )
 
 
-def _headers(network: bytes, transport: bytes) -> Headers | None:
-    if len(transport) < _PORTS.size or not network:
-        return None
-    if network[0] >> 4 == 4 and len(network) >= 20:
-        number, source, destination = network[9], network[12:16], network[16:20]
-    elif network[0] >> 4 == 6 and len(network) >= 40:
-        number, source, destination = network[6], network[8:24], network[24:40]
-    else:
-        return None
-    if number not in PROTOCOLS:
-        return None
-    source_port, port = _PORTS.unpack_from(transport)
-    return Headers(source, source_port, destination, port, PROTOCOLS[number])
-
-
-class Listener:
-    """A socket that hears the trace events of the network namespace of the calling thread.
+def listen() -> Listening:
+    """A socket that hears the trace events of the network namespace of the calling thread, for `decode_events`.
 
     Raises:
         OSError: the kernel refuses it; EPERM without CAP_NET_ADMIN.
     """
-
-    def __init__(self) -> None:
-        self.lost = False
-        """Whether events came faster than they were read."""
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
-        )
-        try:
-            with contextlib.suppress(PermissionError):
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_TRACE)
-        except OSError:
-            self._socket.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._socket.close()
-
-    def events(self, seconds: float) -> Iterator[Event]:
-        """What comes in until nothing has for `seconds`, or nothing else waits; what is no event is passed over."""
-        ready, _, _ = select.select([self._socket], [], [], max(seconds, 0))
-        while ready:
-            try:
-                data = self._socket.recv(1 << 16)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self.lost = True
-                continue
-            yield from decode_events(data)
+    return Listening(_ROOM, _GROUP_TRACE)
 
 
 def decode_events(datagram: bytes) -> list[Event]:
-    """The events of one datagram; what is malformed is left out."""
+    """The events of one datagram; what is malformed, or no event, is left out."""
     found: list[Event] = []
     with contextlib.suppress(DecodeError):
         found += (decode_event(each.payload) for each in messages(datagram) if each.kind == _TRACE)

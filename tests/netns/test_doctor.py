@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +117,42 @@ def test_a_bundle_of_a_sick_node_answers_as_the_node_did(agent: Agent, capsys: p
             ]
         else:
             assert json.loads(replayed) == json.loads(on_the_node)
+
+
+def test_a_bundle_answers_anywhere_in_another_checkout_and_without_root(agent: Agent, tmp_path: Path) -> None:
+    run("nft", "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
+    run("nft", "delete element ip sluice cluster-ip { 10.96.0.1 . tcp . 80 }")
+    path = tmp_path / "bundle.tar.gz"
+    assert cli.main(["bundle", "-o", str(path), f"--run-directory={agent.run_directory}"]) == 0
+    here = Path(__file__).parents[2]
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as elsewhere:
+        checkout = Path(elsewhere)
+        checkout.chmod(0o755)
+        for package in ("proxy", "rules"):
+            shutil.copytree(here / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+        copy = checkout / "b.tar.gz"
+        shutil.copy(path, copy)
+        copy.chmod(0o644)
+        said = {}
+        for verb in ("dump", "verify", "doctor", "status", "conntrack", "explain default/web:http"):
+            command = [sys.executable, "-m", "proxy", *verb.split(), "-f", str(copy)]
+            done = subprocess.run(
+                ["unshare", "-n", "setpriv", "--reuid=65534", "--clear-groups", "--", *command],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=checkout,
+                env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
+            )
+            said[verb] = done.returncode, done.stdout
+            assert "internal error" not in done.stderr
+    assert {verb: code for verb, (code, _) in said.items()} == {
+        "dump": 0, "verify": 1, "doctor": 1, "status": said["status"][0], "conntrack": 0, "explain default/web:http": 1,
+    }  # fmt: skip
+    assert said["status"][0] in (0, 1)
+    assert "10.96.0.1:80/TCP" in said["verify"][1]
+    assert "the policy of the chain FORWARD in the table ip filter is DROP" in said["doctor"][1]
+    assert f"sluice verify -f {copy}" in said["doctor"][1]
 
 
 def _told(answers: str) -> list[Any]:

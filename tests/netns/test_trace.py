@@ -1,4 +1,7 @@
-"""`sluice trace` on a node with real connections: what it says is what the probes saw, and it leaves nothing."""
+"""`sluice trace` on a node with real connections: what it says is what the probes saw, and it leaves nothing.
+
+In the mode of SLUICE_TEST_MODE, and with SLUICE_IPTABLES=legacy or nft by that kind of iptables.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from proxy.demo.probes import Probe
 from proxy.demo.world import World
 from rules.forwarding import Family
 from rules.netlink.transaction import NetfilterSocket
-from rules.nftables.trace import SAMPLE, Listener, Wanted, trace_table
+from rules.nftables.trace import SAMPLE, Wanted, decode_events, listen, trace_table
 from tests.netns.agent import DEADLINE, Agent
-from tests.netns.asking import dropped, eventually, nft
+from tests.netns.asking import dropped, eventually, nft, said
 from tests.netns.isolation import own_network_namespace
 from tests.netns.runner import ANSWER, backends
 from tests.scenarios.schema import CLUSTER, Manifest, manifests
@@ -74,8 +77,6 @@ def objects() -> list[Manifest]:
 @pytest.fixture
 def node(agent: Agent, mode: str) -> Iterator[World]:
     """A world whose node1 serves `seen` and `empty`; without any Service in the end."""
-    if mode != "nftables":
-        pytest.skip("other modes are not traced")
     agent.configure({})
     agent.world.probes.open(backends(objects()))
     agent.apply(objects())
@@ -105,14 +106,33 @@ class Trace:
         self.process.wait(timeout=DEADLINE)
 
 
+LOGGERS = ("net.netfilter.nf_log.2", "net.netfilter.nf_log.10")
+RULES = pytest.mark.skipif(os.environ.get("SLUICE_TEST_MODE") == "userspace", reason="there are no rules")
+LEGACY = os.environ.get("SLUICE_IPTABLES") == "legacy"
+
+
+def chain_of(mode: str, in_nftables: str, in_iptables: str) -> str:
+    """How the rule that ended a packet is called."""
+    if mode == "nftables":
+        return f"of chain {in_nftables} of table ip sluice"
+    return f"of chain {in_iptables} of {'legacy ' if LEGACY else ''}table ip filter"
+
+
+def left(world: World) -> list[str]:
+    """What there is of traces in node1's kernel."""
+    loggers = said(world, "sysctl", "-n", *LOGGERS).split()
+    return [*(each for each in nft(world, "list", "tables").splitlines() if "trace" in each), *loggers]
+
+
 @contextlib.contextmanager
 def traced(world: World, directory: Path, *arguments: str) -> Iterator[Trace]:
+    before = left(world)
     trace = Trace(world, directory, *arguments)
     try:
         yield trace
     finally:
         trace.end()
-    assert "sluice-trace" not in nft(world, "list", "tables")
+    eventually(lambda: left(world) == before, "the end of all that traces take")
 
 
 def connect(world: World, host: str, address: str, port: int, protocol: str = "TCP") -> Any:
@@ -121,7 +141,7 @@ def connect(world: World, host: str, address: str, port: int, protocol: str = "T
     return outcome
 
 
-def test_a_connection_through_a_cluster_ip_goes_where_the_trace_says(node, tmp_path):
+def test_a_connection_through_a_cluster_ip_goes_where_the_trace_says(node, mode, tmp_path):
     with traced(node, tmp_path, "-n", "1", "--service", "default/seen") as trace:
         outcome = connect(node, "p3", CLUSTER_IP, 80)
         [packet] = trace.packets()
@@ -129,13 +149,28 @@ def test_a_connection_through_a_cluster_ip_goes_where_the_trace_says(node, tmp_p
     backend = packet["outcome"]["backend"]
     assert backend == f"{ {'p1': BACKENDS[0], 'q1': BACKENDS[1]}[outcome.host] }:80"
     assert packet["outcome"] == {
-        "is": "reaches", "why": None, "by": None, "backend": backend, "masqueraded": False
+        "is": "reaches", "why": None, "by": None, "backend": backend, "masqueraded": mode == "userspace"
     }  # fmt: skip
     own = f"{outcome.local[0]}:{outcome.local[1]}"
     assert packet["before"] == {"source": own, "destination": f"{CLUSTER_IP}:80"}
-    assert packet["after"] == {"source": own, "destination": backend}
+    assert packet["after"] == {"source": f"{outcome.peer[0]}:{outcome.peer[1]}", "destination": backend}
     assert (packet["service"].split(":")[0], packet["expected"]) == ("default/seen", True)
-    assert "services" in packet["chains"]
+    where = {"nftables": {"services"}, "iptables": {"SLUICE-SERVICES", "SLUICE-S"}, "ipvs": set(), "userspace": set()}
+    assert where[mode] <= set(packet["chains"])
+    assert bool(packet["notes"]) == (mode == "userspace")
+
+
+@RULES
+def test_connection_tracking_tells_the_same_of_what_comes_through(node, tmp_path):
+    with traced(node, tmp_path, "-n", "1", "--by", "conntrack", "--service", "default/seen") as trace:
+        assert connect(node, "p3", EMPTY, 80).refused
+        outcome = connect(node, "c", "192.168.50.11", NODE_PORT)
+        [packet] = trace.packets()
+    backend = f"{ {'p1': BACKENDS[0], 'q1': BACKENDS[1]}[outcome.host] }:80"
+    assert packet["outcome"]["backend"] == packet["after"]["destination"] == backend
+    assert packet["after"]["source"] == f"{outcome.peer[0]}:{outcome.peer[1]}"
+    assert packet["before"]["source"] == f"{outcome.local[0]}:{outcome.local[1]}"
+    assert (packet["frontend"], packet["expected"]) == (f"*:{NODE_PORT}/TCP", True)
 
 
 def test_a_node_port_masquerades(node, tmp_path):
@@ -148,23 +183,26 @@ def test_a_node_port_masquerades(node, tmp_path):
     assert packet["before"]["source"] == f"{outcome.local[0]}:{outcome.local[1]}"
 
 
+@RULES
 @pytest.mark.parametrize("host", ["p3", "node1"])
-def test_a_refused_connection_names_the_rule(host, node, tmp_path):
+def test_a_refused_connection_names_the_rule(host, node, mode, tmp_path):
     with traced(node, tmp_path, "-n", "1", "--service", "empty") as trace:
         assert connect(node, host, EMPTY, 80).refused
         [packet] = trace.packets()
     assert (packet["outcome"]["is"], packet["outcome"]["why"]) == ("rejected", "no-endpoints")
-    assert "of chain refuse-frontends of table ip sluice" in packet["outcome"]["by"]
+    assert chain_of(mode, "refuse-frontends", "SLUICE-REJECT-CLUSTER-IP") in packet["outcome"]["by"]
     assert packet["expected"]
 
 
-def test_a_connection_of_the_node_to_itself_is_followed_over_the_loopback_interface(node, tmp_path):
+@RULES
+def test_a_connection_of_the_node_to_itself_is_followed_over_the_loopback_interface(node, mode, tmp_path):
     with traced(node, tmp_path, "-n", "1", "--service", "empty") as trace:
         assert connect(node, "node1", "192.168.50.11", EMPTY_PORT).refused
         [packet] = trace.packets()
     assert (packet["outcome"]["is"], packet["frontend"]) == ("rejected", f"*:{EMPTY_PORT}/TCP")
-    assert "of chain refuse-node-ports of table ip sluice" in packet["outcome"]["by"]
-    assert {"nat-output", "filter-input"} <= set(packet["chains"])
+    assert chain_of(mode, "refuse-node-ports", "SLUICE-REJECT-NODE-PORT") in packet["outcome"]["by"]
+    ways = {"nat-output", "filter-input"} if mode == "nftables" else {"SLUICE-SERVICES", "SLUICE-INPUT"}
+    assert ways <= set(packet["chains"])
 
 
 def test_a_udp_flow_over_ipv6_is_one_packet(node, tmp_path):
@@ -177,6 +215,7 @@ def test_a_udp_flow_over_ipv6_is_one_packet(node, tmp_path):
     assert (packet["protocol"], packet["expected"]) == ("UDP", True)
 
 
+@RULES
 def test_a_source_outside_the_ranges_is_dropped(node, tmp_path):
     with traced(node, tmp_path, "-n", "1", "--address", BALANCER) as trace:
         assert dropped(node, "c", BALANCER, 80)
@@ -185,6 +224,7 @@ def test_a_source_outside_the_ranges_is_dropped(node, tmp_path):
     assert packet["expected"]
 
 
+@RULES
 def test_what_rules_of_others_drop_is_laid_at_their_door(node, tmp_path):
     nft(node, "table inet other { chain forward { type filter hook forward priority 10; tcp dport 80 drop; }; }")
     try:
@@ -197,6 +237,21 @@ def test_what_rules_of_others_drop_is_laid_at_their_door(node, tmp_path):
     assert "of chain forward of table inet other" in packet["outcome"]["by"]
 
 
+@RULES
+def test_what_legacy_iptables_drops_is_laid_at_the_door_of_its_rule(node, tmp_path):
+    rule = ["FORWARD", "-p", "tcp", "--dport", "80", "-j", "DROP"]
+    said(node, "iptables-legacy", "-I", *rule)
+    try:
+        with traced(node, tmp_path, "-n", "1", "--service", "seen") as trace:
+            assert dropped(node, "p3", CLUSTER_IP, 80)
+            [packet] = trace.packets()
+    finally:
+        said(node, "iptables-legacy", "-D", *rule)
+    assert (packet["outcome"]["is"], packet["outcome"]["why"]) == ("dropped", "others")
+    assert packet["outcome"]["by"] == "rule 1 of chain FORWARD of legacy table ip filter"
+    assert packet["after"]["destination"] in {f"{each}:80" for each in BACKENDS}
+
+
 def test_the_kernel_bounds_the_trace_and_other_connections_are_not_seen(node, tmp_path):
     with traced(node, tmp_path, "-n", "3", "--service", "seen", "--from", "10.244.1.13") as trace:
         for host in ("p4", "p3", "p4", "p3", "p3", "p3"):
@@ -206,22 +261,26 @@ def test_the_kernel_bounds_the_trace_and_other_connections_are_not_seen(node, tm
 
 
 def test_the_kernel_traces_so_many_packets_and_no_more(root):
-    with own_network_namespace(), NetfilterSocket() as owner, Listener() as listener:
+    with own_network_namespace(), NetfilterSocket() as owner, listen() as listener:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         owner.commit(trace_table(Family.IPV4, "sluice-trace-test", Wanted(None, port=9), 2))
         for port in (9, 10, 9, 9, 9):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
                 client.sendto(b"x", ("127.0.0.1", port))
-        heard = [event for event in listener.events(DEADLINE) if event.headers and event.chain == SAMPLE]
+        events = [event for datagram in listener.datagrams() for event in decode_events(datagram)]
+        heard = [event for event in events if event.headers and event.chain == SAMPLE]
         assert [event.headers.port for event in heard if event.headers] == [9, 9]
 
 
+@RULES
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_is_left_of_a_trace_that_is_killed(how, node, tmp_path):
     with traced(node, tmp_path) as trace:
         assert "sluice-trace" in nft(node, "list", "tables")
         assert "nftrace" in nft(node, "list", "ruleset")
         [own] = [each for each in nft(node, "list", "tables").splitlines() if "table ip sluice-trace" in each]
+        if LEGACY:
+            assert said(node, "sysctl", "-n", *LOGGERS).split() == ["nfnetlink_log"] * 2
         forbidden = node.namespaces["node1"].inside(
             lambda: subprocess.run(["nft", "delete", *own.split()], capture_output=True, check=False)
         )
@@ -232,19 +291,47 @@ def test_nothing_is_left_of_a_trace_that_is_killed(how, node, tmp_path):
         assert "sluice-trace" not in nft(node, "list", "tables")
 
 
+def told_by(world: World, directory: Path, connections: int) -> list[dict[str, Any]]:
+    with traced(world, directory, "-n", str(connections), "--service", "seen") as trace:
+        for _ in range(connections):
+            connect(world, "p3", CLUSTER_IP, 80)
+        return trace.packets()
+
+
+@pytest.mark.skipif(os.environ.get("SLUICE_TEST_MODE") != "userspace", reason="there are no workers")
+def test_workers_tell_no_more_once_a_trace_was_killed_and_tell_the_next(node, tmp_path):
+    with traced(node, tmp_path) as trace:
+        os.kill(trace.process.pid, signal.SIGKILL)
+        trace.process.wait(timeout=DEADLINE)
+    packets = told_by(node, tmp_path, 4)
+    assert len(packets) == 4
+    assert {packet["outcome"]["is"] for packet in packets} == {"reaches"}
+
+
+@pytest.mark.skipif(os.environ.get("SLUICE_TEST_MODE") != "userspace", reason="there are no workers")
+def test_a_worker_tells_of_backends_that_it_could_not_reach(node, tmp_path):
+    node.probes.shut()
+    with traced(node, tmp_path, "-n", "1", "--service", "seen") as trace:
+        connect(node, "p3", CLUSTER_IP, 80)
+        [packet] = trace.packets()
+    node.probes.open(backends(objects()))
+    assert packet["outcome"]["is"] == "failed"
+    assert sorted(packet["notes"]) == [f"{each}:80 could not be reached" for each in BACKENDS]
+
+
 def test_without_rules_or_a_frontend_it_says_so(node):
-    def said(host: str, *arguments: str) -> tuple[int, str]:
+    def told(host: str, *arguments: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "proxy", "trace", "--seconds", "0.1", *arguments]
         done = node.namespaces[host].inside(
             lambda: subprocess.run(command, capture_output=True, text=True, check=False)
         )
         return done.returncode, done.stderr
 
-    assert said("node1", "--service", "nobody") == (1, "sluice trace: no frontend is what was asked for\n")
-    assert said("node1", "--address", "fd00::1", "--from", "10.0.0.1")[0] == 1
-    code, errors = said("node2")
+    assert told("node1", "--service", "nobody") == (1, "sluice trace: no frontend is what was asked for\n")
+    assert told("node1", "--address", "fd00::1", "--from", "10.0.0.1")[0] == 1
+    code, errors = told("node2")
     assert code == 2
-    assert errors.startswith("sluice trace: no rules of mode nftables are in the kernel")
+    assert errors.startswith("sluice trace: nothing of sluice is in the kernel of this network namespace")
     assert len(errors.splitlines()) == 1
 
 

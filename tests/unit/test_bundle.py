@@ -12,17 +12,19 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+import ryaml
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy import agent_socket, bundle, bundle_reading, cli, modes
+from proxy import agent_socket, bundle, bundle_reading, cli, flows, modes
 from proxy.agent_socket import NoAgentError, TableHead, WantedTable
 from proxy.bundle import without_secrets
 from proxy.bundle_reading import BundleError, Manifest
 from proxy.objects import EndpointSlice, Service
 from proxy.report import SourceReport
 from rules.dataplane import Capabilities, Raw, RawItem, UnavailableError
-from rules.forwarding import Family, ForwardingTable
+from rules.forwarding import Family, ForwardingTable, parse_address
+from rules.netlink.conntrack import Flow
 from tests.builders import at
 from tests.fakes.held import HELD, NODE
 from tests.unit.test_status import HEALTHY
@@ -67,6 +69,17 @@ LOST = msgspec.structs.replace(
 )
 
 
+FLOW = flows.Found(
+    Family.IPV4,
+    "default/web:http",
+    Flow(
+        parse_address("10.244.1.13"), parse_address("10.96.0.41"), 17, 40000, 80,
+        parse_address("10.244.1.11"), parse_address("10.244.1.13"), 80, 40000, 0, b"",
+    ),
+    stale=False,
+)  # fmt: skip
+
+
 class Held:
     """A dataplane of nftables that holds a table."""
 
@@ -78,6 +91,14 @@ class Held:
     def raw(self) -> Raw | None:
         items = [RawItem(0, "map cluster-ip"), RawItem(1, "10.96.0.41 . tcp . 80", (at("10.96.0.41:80"),))]
         return Raw(self._table, items) if self._table is HELD else Raw(self._table, items[:1])
+
+    family = Family.IPV4
+
+    def read(self) -> ForwardingTable:
+        return self._table
+
+    def check(self) -> None:
+        """Nothing is lacking."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -112,7 +133,10 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[ForwardingTable]:
     monkeypatch.setattr(modes, "present", lambda: ("nftables",))
     monkeypatch.setattr(modes, "open_dataplane", opened)
     monkeypatch.setattr(bundle, "look", lambda: NODE)
-    monkeypatch.setattr(bundle.shutil, "which", lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(bundle, "available", lambda _: {})
+    report = flows.Report("the agent", [FLOW, FLOW._replace(stale=True)])
+    monkeypatch.setattr(flows, "look", lambda **_: report)
+    monkeypatch.setattr(bundle.shutil, "which", lambda *_, **__: None)  # type: ignore[attr-defined]
     return tables
 
 
@@ -137,16 +161,19 @@ def test_what_is_in_it_and_what_could_not_be_had(held, tmp_path):
     }
     assert {each.name for each in manifest.files} == {
         "configuration.json",
+        "flows.json",
         "held.txt",
         "kernel.json",
         "objects.json",
         "rules-nftables-IPv4.txt",
         "status.json",
+        "surroundings.json",
         "tables.json",
         "wanted.txt",
     }
     assert {each.name: each.why for each in manifest.missing} == {
         "held IPv6 in nftables": "no IPv6 here",
+        "others-nftables.txt": "the program nft is not there",
         "log.txt": "there is no journalctl here; in a pod, kubectl logs has the log",
     }
     assert (manifest.node, manifest.taken) == ("node1", "1970-01-01T00:00:00Z")
@@ -163,8 +190,9 @@ def test_no_secret_is_in_it(held, tmp_path, monkeypatch):
 
     class Done:
         stdout = log.encode()
+        returncode = 0
 
-    monkeypatch.setattr(bundle.shutil, "which", lambda _: "/bin/journalctl")
+    monkeypatch.setattr(bundle.shutil, "which", lambda *_, **__: "/bin/journalctl")
     monkeypatch.setattr(bundle.subprocess, "run", lambda *_, **__: Done)
     monkeypatch.setattr(bundle, "_words_of", lambda _: ["sluice", "run", "--auth-token", PLANTED[6], "--v=2"])
     configuration = {"clientConnection": {"kubeconfig": "/etc/kubeconfig", "token": PLANTED[0]}, "x": [PLANTED[1]]}
@@ -296,9 +324,205 @@ def test_what_would_take_long_to_unpack_is_refused(name, size, tmp_path, monkeyp
     monkeypatch.setattr(bundle_reading, "LONGEST", 1 << 16)
     path = tmp_path / "b.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
-        for _ in range(1 if size else 40):
+        for _ in range(1 if size else 60):
             info = tarfile.TarInfo(f"sluice-bundle/{name}")
             info.size = size
             archive.addfile(info, io.BytesIO(bytes(size)))
     with pytest.raises(BundleError, match="more than in a bundle"):
         bundle_reading.read(str(path))
+
+
+def test_a_doctor_reads_one_with_the_node_as_it_was(held, tmp_path, capsys, monkeypatch):
+    held[0] = LOST
+    around = msgspec.structs.replace(NODE, forwarding={Family.IPV4: False})
+    monkeypatch.setattr(bundle, "look", lambda: around)
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["doctor", "-f", path, "-o", "json"]) == 1
+    found = {each["kind"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["ip-forward"]["severity"] == "critical"
+    assert found["drift"]["next"] == f"sluice verify -f {path}"
+
+
+def test_a_doctor_without_an_agent_goes_by_the_kernel(held, tmp_path, capsys, monkeypatch):
+    def nobody(_directory: str) -> Any:
+        raise NoAgentError("no agent answers")
+
+    monkeypatch.setattr(agent_socket, "status", nobody)
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["doctor", "-f", path]) in (1, 2)
+    assert "error    agent: no agent answered on" in capsys.readouterr().out
+    assert cli.main(["status", "-f", path]) == 2
+    assert "no agent answered when it was made (no agent answers)" in capsys.readouterr().err
+
+
+def test_status_says_what_the_agent_said(held, tmp_path, capsys):
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["status", "-f", path]) == 0
+    assert capsys.readouterr().out.startswith("sluice ")
+
+
+def test_flows_are_as_they_were(held, tmp_path, capsys):
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["conntrack", "-f", path, "-o", "json"]) == 0
+    flows_ = json.loads(capsys.readouterr().out)["flows"]
+    assert sorted(each["stale"] for each in flows_) == [False, True]
+    assert {each["backend"] for each in flows_} == {"10.244.1.11:80"}
+    assert cli.main(["conntrack", "-f", path, "-o", "json", "--stale", "--service", "default/web"]) == 0
+    assert [each["stale"] for each in json.loads(capsys.readouterr().out)["flows"]] == [True]
+    assert cli.main(["conntrack", "-f", path, "-o", "count"]) == 0
+    assert "default/web:http  10.244.1.11:80  2      2           1" in capsys.readouterr().out
+    assert cli.main(["conntrack", "-f", path, "--delete-stale"]) == 2
+
+
+def test_very_many_flows_are_told_of_by_number(held, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bundle, "MOST_FLOWS", 1)
+    path = str(made(tmp_path))
+    assert cli.main(["conntrack", "-f", path, "-o", "json"]) == 2
+    captured = capsys.readouterr()
+    assert [each["stale"] for each in json.loads(captured.out[captured.out.index("{") :])["flows"]] == [True]
+    assert "1 flows more were there" in captured.err
+
+
+# --- another proxy's rules -------------------------------------------------------------------------------------------
+
+RECORDED = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2"
+SAVED = {Family.IPV4: "iptables.iptables-save", Family.IPV6: "iptables.ip6tables-save"}
+
+
+class Saver:
+    """Programs of iptables that print a file."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def saved(self) -> str:
+        ours = "*mangle\n:SLUICE-X - [0:0]\n-A SLUICE-X -j RETURN\nCOMMIT\n"
+        return (RECORDED / self._name).read_text() + ours
+
+
+@pytest.fixture
+def next_to_kube_proxy(held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node on which kube-proxy runs, and an agent knows the objects."""
+    objects = ryaml.loads((RECORDED / "objects.yaml").read_text())["items"]
+    own = frozenset(map(parse_address, ("192.168.50.11", "fd00:50::11")))
+    monkeypatch.setattr(bundle, "available", lambda family: {"nft": Saver(SAVED[family])})
+    monkeypatch.setattr(bundle, "_nft_tables", lambda _: (RECORDED / "nftables.nft").read_text())
+    monkeypatch.setattr(agent_socket, "objects", lambda *_: [each for each in objects if each["kind"] != "Namespace"])
+    monkeypatch.setattr(bundle, "look", lambda: msgspec.structs.replace(NODE, addresses=own))
+
+
+def test_rules_of_others_are_in_it_and_ours_are_not_among_them(next_to_kube_proxy, tmp_path):
+    found = members(made(tmp_path))
+    others = {name: data for name, data in found.items() if name.startswith("sluice-bundle/others-")}
+    assert sorted(name.removeprefix("sluice-bundle/") for name in others) == [
+        "others-iptables-nft-IPv4.txt",
+        "others-iptables-nft-IPv6.txt",
+        "others-nftables.txt",
+    ]
+    assert not any(b"SLUICE-X" in data for data in others.values())
+
+
+def test_a_dump_shows_another_proxys_rules(next_to_kube_proxy, tmp_path, capsys):
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["dump", "-f", path, "--of", "kube-proxy", "-o", "json"]) == 0
+    tables = json.loads(capsys.readouterr().out)["tables"]
+    shown = sorted((each["dataplane"], each["family"], bool(each["routes"])) for each in tables)
+    assert shown == [
+        ("kube-proxy's iptables-nft rules", "IPv4", True),
+        ("kube-proxy's iptables-nft rules", "IPv6", True),
+        ("kube-proxy's nftables rules", "IPv4", True),
+        ("kube-proxy's nftables rules", "IPv6", True),
+    ]
+
+
+def test_verify_compares_another_proxys_rules_with_the_objects(next_to_kube_proxy, tmp_path, capsys):
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    # The Service default/kubernetes is the API server's own, and not among the objects that were recorded.
+    assert cli.main(["verify", "-f", path, "--of", "kube-proxy", "-o", "json"]) == 1
+    for family in json.loads(capsys.readouterr().out)["families"]:
+        drifts = {each["frontend"] for each in family["frontends"]}
+        assert drifts <= {"10.96.0.1:443/TCP"}
+
+
+def test_explain_answers_from_another_proxys_rules(next_to_kube_proxy, tmp_path, capsys):
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    cli.main(["explain", "10.96.0.1:443", "-f", path, "--of", "kube-proxy"])
+    assert capsys.readouterr().out.startswith("According to kube-proxy's ")
+
+
+def test_without_an_agent_and_rules_of_ours_another_proxys_are_meant(next_to_kube_proxy, tmp_path, capsys, monkeypatch):
+    def nobody(_directory: str) -> Any:
+        raise NoAgentError("no agent answers")
+
+    monkeypatch.setattr(agent_socket, "status", nobody)
+    monkeypatch.setattr(modes, "present", lambda: ())
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["dump", "-f", path]) == 0
+    assert "kube-proxy's nftables rules" in capsys.readouterr().out
+    assert cli.main(["explain", "10.96.0.1:443", "-f", path, "-o", "json"]) == 0
+    assert cli.main(["verify", "-f", path]) == 2
+    assert "the objects are not in it" in capsys.readouterr().err
+    assert cli.main(["dump", "-f", path, "--of", "sluice"]) == 0
+
+
+def test_without_rules_of_another_proxy_it_says_so(held, tmp_path, capsys):
+    path = str(made(tmp_path))
+    for verb in (["dump"], ["verify"], ["explain", "10.96.0.1:443"]):
+        capsys.readouterr()
+        assert cli.main([*verb, "-f", path, "--of", "kube-proxy"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "no rules of kube-proxy are in it" in line
+
+
+# --- strangers -------------------------------------------------------------------------------------------------------
+
+_ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.text(max_size=8),
+    st.sampled_from(["", "AAAA", "////", "IPv6", "*", "nftables", [], {}, [[]], [{}]]),
+)
+
+
+def _mutated(value: Any, draw: Any) -> Any:
+    """A value of JSON with one part of it replaced."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(value)))
+        return {**value, key: _mutated(value[key], draw)}
+    if isinstance(value, list) and value and draw(st.integers(0, 9)):
+        place = draw(st.integers(0, len(value) - 1))
+        return [*value[:place], _mutated(value[place], draw), *value[place + 1 :]]
+    return draw(_ODD)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data())
+def test_a_mutated_bundle_is_answered_or_refused_in_a_line(next_to_kube_proxy, tmp_path, capsys, data):
+    path = tmp_path / "b.tar.gz"
+    if not path.exists():
+        made(tmp_path)
+    files = members(path)
+    name = data.draw(st.sampled_from([each for each in sorted(files) if each.endswith(("s.json", "t.json"))]))
+    files[name] = json.dumps(_mutated(json.loads(files[name]), data.draw)).encode()
+    other = tmp_path / "other.tar.gz"
+    with tarfile.open(other, "w:gz", compresslevel=1) as archive:
+        for each, content in files.items():
+            info = tarfile.TarInfo(each)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    capsys.readouterr()
+    verb = data.draw(st.sampled_from(["dump", "verify", "doctor", "status", "conntrack", "explain default/web"]))
+    of = data.draw(st.sampled_from([[], ["--of", "kube-proxy"]])) if verb[:2] in {"du", "ve", "ex"} else []
+    code = cli.main([*verb.split(), "-f", str(other), *of])
+    errors = capsys.readouterr().err
+    assert code in (0, 1, 2)
+    assert "internal error" not in errors

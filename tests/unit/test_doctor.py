@@ -21,7 +21,17 @@ from proxy.report import Contested, Followed, SourceReport, Trouble, Unserved
 from proxy.verify import Verified
 from rules.dataplane import UnavailableError
 from rules.diff import compare
-from rules.forwarding import Family, ForwardingTable, Kind, NodeFacts, Prefix, Route, parse_address, parse_prefix
+from rules.forwarding import (
+    Family,
+    ForwardingTable,
+    Kind,
+    NodeFacts,
+    Prefix,
+    Refusal,
+    Route,
+    parse_address,
+    parse_prefix,
+)
 from tests.builders import at, backends, endpoint, endpoint_slice, service, view
 from tests.fakes.held import HELD, NODE, means
 from tests.unit.test_status import HEALTHY, with_syncs
@@ -56,6 +66,34 @@ def holding(frontend: str, route: Route, **facts: Any) -> Known:
 def test_a_healthy_node_is_one_line():
     assert findings(IN_ORDER) == ()
     assert list(lines((), IN_ORDER)) == ["nothing is wrong: 2 frontends looked at"]
+
+
+def test_without_objects_a_policy_local_is_told_from_no_endpoints_at_all():
+    away = Route(
+        kind=Kind.NODE_PORT,
+        backends=backends("10.244.2.11"),
+        local_backends=frozenset(),
+        refusal=Refusal.DROP,
+        label="default/away:http",
+    )
+    known = msgspec.structs.replace(holding("*:30003", away), cluster=None)
+    assert (only(known).kind, only(known).severity) == ("policy-local", "note")
+    assert "by the rules no endpoint that can serve is on this node" in only(known).what
+
+
+def test_what_writes_its_rules_needs_no_other_check():
+    assert doctor.in_doubt(HEALTHY) == {}
+    failing = with_syncs(failures=2)
+    assert set(doctor.in_doubt(failing).values()) == {each.dataplane for each in failing.families}
+
+
+def test_stale_flows_are_told_by_service():
+    known = msgspec.structs.replace(IN_ORDER, stale={"default/dns:dns": 3, "": 1})
+    service, node = findings(known)[::-1]
+    assert (service.subject, service.kind, service.severity) == ("Service default/dns", "stale-flows", "warning")
+    assert service.what.startswith("3 flows go to endpoints that serve no longer")
+    assert service.next == "sluice conntrack --stale --service default/dns:dns"
+    assert (node.subject, node.next) == ("node", "sluice conntrack --stale")
 
 
 # --- the node --------------------------------------------------------------------------------------------------------

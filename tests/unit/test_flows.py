@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import pytest
 
 from proxy import agent_socket, flows
@@ -150,6 +151,63 @@ def test_the_agent_knows_who_serves_beyond_the_rules(
     # An agent of another network namespace knows nothing of these flows.
     status.network_namespace += 1
     assert json.loads(run(held, tmp_path)[1])["judgedBy"] == "the rules"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ports"),
+    [
+        ({"service": "dns"}, {"4000", "4001", "4002", "4003"}),
+        ({"service": "kube-system/dns"}, {"4000", "4001", "4002", "4003"}),
+        ({"service": "kube-system/dns:dns", "stale": True}, {"4001", "4002"}),
+        ({"service": "web"}, {"4006"}),
+        ({"service": "kube-system"}, set()),
+        ({"address": parse_address("10.244.1.99")}, {"4001", "4006"}),
+        ({"address": parse_address("10.96.0.11")}, {"4006"}),
+        ({"address": parse_address("10.244.1.13"), "stale": True}, {"4001", "4002"}),
+    ],
+)
+def test_flows_are_chosen(chosen: dict[str, Any], ports: set[str], held: Held, tmp_path: Path) -> None:
+    assert listed(run(held, tmp_path, chosen=flows.Chosen(**chosen))[1]).keys() == ports
+
+
+def test_none_but_the_chosen_stale_flows_are_deleted(held: Held, tmp_path: Path) -> None:
+    chosen = flows.Chosen(address=parse_address("10.244.1.99"))
+    run(held, tmp_path, delete_stale=True, chosen=chosen)
+    assert held.deleted == [STALE]
+
+
+def test_a_count_by_service_and_backend(held: Held, tmp_path: Path) -> None:
+    _, text = run(held, tmp_path, format_="count")
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
+        "SERVICE BACKEND FLOWS UNANSWERED STALE",
+        "default/web 10.244.1.99:8080 1 1 0",
+        "kube-system/dns:dns 10.244.1.11:5300 1 0 0",
+        "kube-system/dns:dns 10.244.1.99:5300 1 1 1",
+        "kube-system/dns:dns 10.244.2.11:5300 1 1 0",
+        "kube-system/dns:dns none 1 1 1",
+        "2 flows of 5 stale, judged by the rules: sluice conntrack --delete-stale deletes them",
+    ]
+
+
+def test_a_connection_to_an_endpoint_that_gets_no_new_ones_drains(held: Held, tmp_path: Path) -> None:
+    drained = [each for each in json.loads(run(held, tmp_path)[1])["flows"] if each["draining"]]
+    assert [each["client"] for each in drained] == ["10.244.1.13:4006"]
+    assert "unanswered, draining" in run(held, tmp_path, format_="table")[1]
+
+
+def test_no_flow_is_a_line_too(held: Held, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(held, tmp_path, format_="table", chosen=flows.Chosen(service="nobody")) == (0, "")
+    assert capsys.readouterr().err == "sluice conntrack: there is no such flow\n"
+
+
+def test_flows_of_workers_are_not_connection_trackings(
+    held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    relayed = msgspec.structs.replace(TABLE, node=msgspec.structs.replace(TABLE.node, relayed=True))
+    monkeypatch.setattr(held, "read", lambda: relayed)
+    code, text = run(held, tmp_path)
+    assert (code, json.loads(text)["flows"]) == (2, [])
+    assert "mode userspace" in capsys.readouterr().err
 
 
 def test_only_stale_flows_are_deleted_and_they_are_shown(held: Held, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.trace.packets import MOST_OPEN, Assembly, Place, Traced
-from proxy.trace.told import Told, lines, tell, to_data
+from proxy.trace.judged import Judge
+from proxy.trace.packets import MOST_OPEN, Assembly, Passed, Place, Traced
+from proxy.trace.told import Told, Witness, lines, tell, to_data
 from rules.explanation import Why
 from rules.forwarding import Backend, Family, ForwardingTable, Frontend, Kind, Protocol, Route, parse_address
 from rules.netlink.attributes import DecodeError, attribute, attributes, be32, be64, message, nested, text
+from rules.netlink.headers import Headers
 from rules.netlink.transaction import attributes_of
 from rules.nftables.expressions import ACCEPT, DROP, GOTO
 from rules.nftables.trace import (
@@ -24,7 +26,6 @@ from rules.nftables.trace import (
     RULE,
     SAMPLE,
     Event,
-    Headers,
     Wanted,
     decode_event,
     decode_events,
@@ -71,7 +72,9 @@ def put_together(*events: Event) -> tuple[list[Traced], list[Traced]]:
 
 
 def told(traced: Traced, table: ForwardingTable = TABLE, *, rejects: bool = False) -> Told:
-    return tell(traced, table, frozenset({NODE}), lambda index: f"eth{index}", lambda _: rejects)
+    return tell(
+        traced, table, frozenset({NODE}), Witness(lambda index: f"eth{index}", lambda _: "", Judge(lambda _: rejects))
+    )
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------
@@ -270,11 +273,102 @@ def test_our_rules_that_refuse_by_their_chains(chain, rejects, outcome):
     assert data["outcome"]["by"] == f"rule 4 of chain {chain} of table ip sluice"
 
 
+@pytest.mark.parametrize(
+    ("chain", "rejects", "outcome"),
+    [
+        ("SLUICE-REJECT-NODE-PORT", False, ("rejected", Why.NO_ENDPOINTS)),
+        ("SLUICE-DROP-LOAD-BALANCER", True, ("dropped", Why.NO_LOCAL_ENDPOINTS)),
+        ("SLUICE-R", False, ("dropped", Why.SOURCE_RANGES)),
+        ("SLUICE-P-0A600-18", False, ("dropped", Why.SOURCE_RANGES)),
+        ("SLUICE-FW-ABCDEFGHIJKLM", False, ("dropped", Why.SOURCE_RANGES)),
+        ("SLUICE-C-0A600-18", True, ("rejected", Why.CLOSED_PORT)),
+        ("SLUICE-REFUSE-CLUSTER-IPS", False, ("dropped", Why.UNALLOCATED)),
+        ("SLUICE-GUARD", False, ("dropped", Why.LOOPBACK)),
+    ],
+)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_rules_of_iptables_that_refuse_by_their_chains(chain, rejects, outcome, legacy):
+    place = Place(2, "filter", chain, 4, ("REJECT" if rejects else "DROP") if legacy else "")
+    data = to_data(told(Traced(before=BEFORE, after=BEFORE, dropped=place), rejects=rejects))
+    assert (data["outcome"]["is"], Why(data["outcome"]["why"])) == outcome
+
+
+def test_a_rule_of_ours_that_refuses_nothing_is_not_laid_at_the_door_of_others():
+    one = told(Traced(before=BEFORE, after=BEFORE, dropped=Place(2, "filter", "SLUICE-FORWARD", 1)))
+    assert list(lines(one))[-2] == "  The connection is dropped by rule 1 of chain SLUICE-FORWARD of table ip filter."
+
+
+# --- legacy iptables -------------------------------------------------------------------------------------------
+
+
+def passed(chain: str, headers: Headers = BEFORE, *, end: str = "") -> Passed:
+    return Passed(headers, Place(2, "filter", chain, 1, end), bool(end))
+
+
+def test_lines_of_legacy_iptables_belong_to_the_packet_of_their_source():
+    assembly = Assembly(OWN)
+    assert assembly.passed(passed("SLUICE-S")) == []  # read before the packet's first event
+    assert assembly.passed(passed("SLUICE-X", BEFORE._replace(source_port=7))) == []
+    assembly.add(event(SAMPLE, BEFORE, table=OWN, verdict=-1))
+    assert assembly.passed(passed("FORWARD", BEFORE._replace(destination=BACKEND))) == []
+    [traced] = assembly.passed(passed("SLUICE-DROP-CLUSTER-IP", BEFORE._replace(destination=BACKEND), end="DROP"))
+    assert traced.chains == ("SLUICE-S", "SLUICE-DROP-CLUSTER-IP")
+    assert (traced.dropped.legacy, traced.after.destination) == (True, BACKEND)
+    assert assembly.rest() == []
+
+
+def test_a_source_that_another_packet_is_masqueraded_to_is_told_apart():
+    assembly = Assembly(OWN)
+    masqueraded = AFTER._replace(source=NODE, source_port=40000)
+    own = Headers(NODE, 40000, SERVICE, 80, Protocol.TCP)
+    assembly.add(event(SAMPLE, BEFORE, table=OWN, verdict=-1, id=1))
+    assembly.add(event("raw", masqueraded, table="other", id=1))
+    assembly.passed(passed("SLUICE-S", own))
+    assembly.add(event(SAMPLE, own, table=OWN, verdict=-1, id=2))
+    assert [each.chains for each in assembly.rest()] == [(), ("SLUICE-S",)]
+
+
+@given(st.lists(st.tuples(st.booleans(), _NAMES, _HEADERS.filter(bool), st.sampled_from(["", "DROP", "REJECT"]))))
+def test_whatever_lines_come_no_packet_is_told_twice(steps):
+    assembly, told_ = Assembly(OWN), 0
+    for is_line, chain, headers, end in steps:
+        if is_line:
+            told_ += len(assembly.passed(passed(chain, headers, end=end)))
+        else:
+            told_ += len(assembly.add(event(chain, headers, table=OWN)))
+    starts = sum(not is_line and chain == SAMPLE for is_line, chain, _, _ in steps)
+    assert told_ + len(assembly.rest()) <= starts
+
+
+@pytest.mark.parametrize(
+    ("steps", "note"),
+    [
+        ([("sticky-read", "to-slot")], "the client is remembered, and gets the backend that it had (affinity)"),
+        (
+            [("sticky-read", "to-slot"), ("pick-2", "to-slot")],
+            "the client is remembered, and the backend that it had is gone: it gets another (affinity)",
+        ),
+        ([("pick-2", "to-slot")], None),
+    ],
+)
+def test_affinity_is_told_as_it_was_seen(steps, note):
+    _, [traced] = put_together(
+        event(SAMPLE, BEFORE, table=OWN, verdict=-1), *(event(chain, target=target) for chain, target in steps)
+    )
+    assert traced.notes == ((note,) if note else ())
+
+
 def test_what_others_drop_and_what_is_not_seen_again():
     dropped = told(Traced(before=BEFORE, after=AFTER, dropped=Place(1, "filter", "forward", 0)))
-    assert list(lines(dropped))[-1] == (
-        "  The connection is dropped, not by sluice but by the policy of chain forward of table inet filter."
-    )
+    assert list(lines(dropped))[-2:] == [
+        "  The connection is dropped, not by sluice but by the policy of chain forward of table inet filter.",
+        "    nft -a list chain inet filter forward",
+    ]
+    legacy = told(Traced(before=BEFORE, after=AFTER, dropped=Place(10, "filter", "FORWARD", 2, "DROP")))
+    assert list(lines(legacy))[-2:] == [
+        "  The connection is dropped, not by sluice but by rule 2 of chain FORWARD of legacy table ip6 filter.",
+        "    ip6tables-legacy -t filter -nvL FORWARD --line-numbers",
+    ]
     unseen = told(Traced(before=BEFORE, after=AFTER))
     assert list(lines(unseen))[-1].startswith("  It was not seen leaving the node")
     assert (dropped.expected, unseen.expected) == (True, True)
