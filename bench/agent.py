@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -50,6 +51,7 @@ class Agent:
         period: str | None = SMALLEST,
         marks: bool = False,
         run_directory: Path | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         """Of a checkout of Sluice.
 
@@ -61,6 +63,7 @@ class Agent:
             period: minSyncPeriod; None: the default.
             marks: whether to note when it writes to the kernel.
             run_directory: where its socket is; None: the default.
+            more: flags beside those.
         """
         config = {
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -82,6 +85,7 @@ class Agent:
             self._command += ["--manifests", str(source.manifests)]
         if run_directory:
             self._command += ["--run-directory", str(run_directory)]
+        self._command += more
         # Bytecode is kept, as that of an installed program is, whatever the shell says; the first run compiles.
         unwanted = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
         self._environment = {name: value for name, value in os.environ.items() if name not in unwanted}

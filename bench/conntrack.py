@@ -43,13 +43,10 @@ def rows(entries: int = MOST) -> list[Row]:
         one = matches_of(Family.IPV4, {_frontend(0): Change(frozenset({gone}), others)}) or []
         seconds, deleted = _timed(lambda: sum(map(conntrack.delete_matching, one)))
         left = entries - deleted
-        serving = {
-            _frontend(each): frozenset(_backend(each, number) for number in range(_BACKENDS))
-            for each in range(_FRONTENDS)
-        }
+        all_serve = serving()
         every = Match(Family.IPV4, Protocol.UDP)
-        sweep, swept = _timed(partial(conntrack.sweep, every, partial(is_stale, serving=serving)))
-        fewer = {frontend: backends - {min(backends)} for frontend, backends in serving.items()}
+        sweep, swept = _timed(partial(conntrack.sweep, every, partial(is_stale, serving=all_serve)))
+        fewer = {frontend: backends - {min(backends)} for frontend, backends in all_serve.items()}
         quarter, many = _timed(partial(conntrack.sweep, every, partial(is_stale, serving=fewer)))
     if not deleted or swept or not many:
         raise RuntimeError(f"not what was to be deleted: {deleted}, {swept}, {many}")
@@ -58,6 +55,13 @@ def rows(entries: int = MOST) -> list[Row]:
         Row(what, f"a start: all {left:,} looked at, none stale", "s", {"now": sweep}),
         Row(what, f"1,000 endpoints gone: {many:,} flows deleted", "s", {"now": quarter}),
     ]
+
+
+def serving() -> dict[Frontend, frozenset[Backend]]:
+    """The frontends that flows are written to, and their endpoints."""
+    return {
+        _frontend(each): frozenset(_backend(each, number) for number in range(_BACKENDS)) for each in range(_FRONTENDS)
+    }
 
 
 def write(entries: int) -> None:
