@@ -5,12 +5,18 @@
 
 The flood is a process of its own.  It offers so many connections a second, each with a whole request, whether they are
 taken or not, and gives each up after a fifth of a second.
+
+It keeps a core of the machine busy, and the kernel, whoever is flooded.  So it is offered to a port that nobody serves,
+too: what lies between that and idle is the machine's, what lies between that and the flood of /healthz is the agent's.
+How much of its event loop the agent gives away it counts itself; that is the one number here that other work on the
+machine leaves alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import random
 import select
@@ -20,6 +26,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -40,6 +47,10 @@ CHANGES = 300
 TURNS = 3
 TARGET = 2.0
 """How many times the idle p99 it may be."""
+
+SHARE = 0.2
+"""How much of the event loop the servers may take."""
+UNSERVED, METRICS = 7777, 10249
 
 _HERE = Path(__file__).resolve().parent
 _REQUEST = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -116,30 +127,70 @@ def flood(rate: int = RATE, port: int = HEALTH) -> Iterator[list[Offered]]:
 
 def rows(places: Mapping[str, Place], cluster: Cluster, *, changes: int = CHANGES, turns: int = TURNS) -> Iterator[Row]:
     """The p99 of syncs, idle and under a flood, and the one as a multiple of the other."""
-    idle: dict[str, list[float]] = {name: [] for name in places}
-    flooded: dict[str, list[float]] = {name: [] for name in places}
+    idle, beside, flooded, shares = ({name: list[float]() for name in places} for _ in range(4))
     floods: dict[str, list[Offered]] = {name: [] for name in places}
     with Server(lists_of(cluster)) as server:
         for _, (name, place) in itertools.product(range(turns), places.items()):
             idle[name].append(_p99(place, cluster, server, changes))
-            with flood() as offered:
+            with flood(port=UNSERVED):
+                beside[name].append(_p99(place, cluster, server, changes))
+            with flood() as offered, _shares() as taken:
                 flooded[name].append(_p99(place, cluster, server, changes))
             floods[name] += offered
+            shares[name] += taken
 
     def row(what: str, unit: str, values: Mapping[str, float], target: float | None = None) -> Row:
         return Row(str(cluster), what, unit, values, target)
 
-    medians = [{name: statistics.median(taken) for name, taken in each.items()} for each in (idle, flooded)]
-    yield row("endpoint replaced, p99, idle", "ms", {name: value * 1e3 for name, value in medians[0].items()})
-    yield row(
-        f"the same while {RATE} connections/s are offered to /healthz",
-        "ms",
-        {name: value * 1e3 for name, value in medians[1].items()},
-    )
-    yield row("the second as a multiple of the first", "x", {n: medians[1][n] / medians[0][n] for n in places}, TARGET)
+    medians = [{name: statistics.median(taken) for name, taken in each.items()} for each in (idle, beside, flooded)]
+    for what, values in zip(
+        ("idle", f"{RATE} connections/s to a port that nobody serves", "to /healthz"), medians, strict=True
+    ):
+        yield row(f"endpoint replaced, p99, {what}", "ms", {name: value * 1e3 for name, value in values.items()})
+    yield row("the third as a multiple of the first", "x", {n: medians[2][n] / medians[0][n] for n in places}, TARGET)
+    yield row("the third as a multiple of the second", "x", {n: medians[2][n] / medians[1][n] for n in places}, TARGET)
+    if all(shares.values()):
+        busiest = {name: max(each) for name, each in shares.items()}
+        yield row("the event loop's time for it, at most in a second", "", busiest, SHARE)
     for what, index in (("connections that were offered", 0), ("answers that came within 0.2 s", 1)):
         found = {name: statistics.median(each[index] for each in taken) for name, taken in floods.items()}
         yield row(what, "1/s", found)
+
+
+@contextlib.contextmanager
+def _shares() -> Iterator[list[float]]:
+    """How much of its event loop the agent gives to its servers, second by second, for as long as the block runs."""
+    ended = threading.Event()
+    found: list[float] = []
+
+    def sample() -> None:
+        before: tuple[float, float] | None = None
+        while not ended.wait(1.0):
+            now = (time.monotonic(), _http_seconds())
+            if before is not None and now[1] > before[1]:
+                found.append((now[1] - before[1]) / (now[0] - before[0]))
+            before = now
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        sampler.join()
+
+
+def _http_seconds() -> float:
+    """What the agent has counted; 0 while it does not answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", METRICS, timeout=1)
+    try:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    except (OSError, http.client.HTTPException):
+        return 0.0
+    finally:
+        connection.close()
+    return next((float(line.split()[1]) for line in lines if line.startswith("sluice_http_seconds_total ")), 0.0)
 
 
 def _p99(place: Place, cluster: Cluster, server: Server, changes: int) -> float:

@@ -11,27 +11,32 @@ the rules in place.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib import metadata
 
-from proxy import events, logs, memory, modes, privileged, takeover
+import msgspec
+
+from proxy import events, logs, memory, modes, privileged
 from proxy.config.settings import Settings
 from proxy.config.watching import Following
+from proxy.counters import Ledger
+from proxy.counting import Counters, Counting, Off, Relayed, Relaying
 from proxy.desired import Desired
+from proxy.effects import Effects
 from proxy.interfaces import watch_addresses
 from proxy.lock import HeldError
 from proxy.logs import get_logger
-from proxy.node import Interfaces, eligible, normal_node_name
+from proxy.node import Interfaces, normal_node_name
 from proxy.objects import Key
-from proxy.opening import FatalError, open_dataplanes, open_source, take_lock
-from proxy.reconciler import Reconciler
+from proxy.opening import FatalError, make_room, open_dataplanes, open_source, take_lock
+from proxy.own_node import OwnNode
+from proxy.reloading import follow
 from proxy.report import Unserved
 from proxy.runner import Periods
 from proxy.sd_notify import Supervisor
@@ -39,28 +44,24 @@ from proxy.serving.agent_server import AgentServer
 from proxy.serving.answers import Answers
 from proxy.serving.health import ProxyHealth
 from proxy.serving.healthcheck import HealthCheckServers
-from proxy.serving.http import Server
+from proxy.serving.http import Handler, Server
 from proxy.serving.metrics import Metrics
 from proxy.serving.observer import Observer
 from proxy.serving.servers import BindError, serve
-from proxy.sources.base import Resource, Source
+from proxy.serving.traffic import TrafficCollector
+from proxy.sources.base import Source
 from proxy.sources.credentials_reading import Reading
 from proxy.state import State
+from proxy.strangers import watch_strangers
 from proxy.sync import FamilySync
 from rules.dataplane import Applied, Dataplane, DataplaneError, limits
 from rules.forwarding import Family
 
 _log = get_logger("sluice.agent")
 
-NODE_PATIENCE = 30.0
-"""Seconds to wait for the own Node and its addresses before going on without (NOD-3)."""
 TURN = 0.0005
 """Seconds for which a thread that writes to the kernel may keep the event loop from going on: a health answer takes
 some ten turns."""
-POD_CIDR_PATIENCE = 300.0
-"""Seconds to wait for the Node's podCIDRs in detect-local mode NodeCIDR before giving up (NOD-5)."""
-OTHERS_PATIENCE = 5.0
-"""Seconds for which looking for what other modes have left gives way to the first sync of the other family."""
 EVENT_PATIENCE = 2.0
 """Seconds for an event to be written before the agent ends."""
 
@@ -72,6 +73,7 @@ def main(settings: Settings, reading: Reading | None = None, following: Followin
     """
     try:
         node_name = normal_node_name(settings.hostname_override, socket.gethostname())
+        make_room()
         lock = take_lock(settings)
         try:
             dataplanes, unserved = open_dataplanes(settings)
@@ -85,18 +87,6 @@ def main(settings: Settings, reading: Reading | None = None, following: Followin
         if reading is not None:
             reading.end()
     return 0
-
-
-class _Told(Observer):
-    """What syncs tell: to health and metrics, and to whoever waits for their effects."""
-
-    def __init__(self, health: ProxyHealth, metrics: Metrics, on_success: Callable[[Family, Applied], None]) -> None:
-        super().__init__(health, metrics)
-        self._on_success = on_success
-
-    def succeeded(self, family: Family, seconds: float, applied: Applied) -> None:
-        super().succeeded(family, seconds, applied)
-        self._on_success(family, applied)
 
 
 class _Agent:
@@ -113,9 +103,13 @@ class _Agent:
         self._state = State(node_name, started=time.time())
         self._desired = Desired(settings, node_name, self._state, families)
         self._mode = self._dataplanes[0].name
-        self._server = Server()
+        self._server = Server(busy=lambda: any(sync.at_work for sync in self._syncs))
         self._health = ProxyHealth(settings.health_timeout)
-        self._metrics = Metrics(self._mode, metadata.version("sluice-proxy"))
+        self._metrics = Metrics(
+            self._mode,
+            metadata.version("sluice-proxy"),
+            native=settings.feature_gates.get("NativeHistograms", False),
+        )
         self._metrics.follow(self._state.statistics)
         self._metrics.follow_server(self._server)
         if self._mode == "userspace":
@@ -124,36 +118,65 @@ class _Agent:
 
             counted = [each for each in self._dataplanes if isinstance(each, UserspaceDataplane)]
             self._metrics.register(WorkersCollector(counted))
+        self._counters = self._count()
         self._events = events.Recorder(node_name, told=self._metrics.event)
-        periods = Periods(minimum=settings.min_sync_period, retry=settings.sync_period)
-        told = _Told(self._health, self._metrics, self._on_success)
+        periods = self._periods(settings)
+        told = Observer(self._health, self._metrics, self._on_success)
         self._syncs = [
             FamilySync(dataplane, self._desired, self._state, periods, told, policy=settings.drift_policy)
             for dataplane in self._dataplanes
         ]
-        self._checks = {
-            family: HealthCheckServers(
-                family,
-                partial(self._health.healthy, family),
-                report=partial(self._tell, family),
-                failed=self._health_check_failed,
-                server=self._server,
-            )
-            for family in families
-        }
-        self._reconcilers = {
-            family: Reconciler(family, partial(self._desired.serving, family), self._metrics.reconciled)
-            for family in families
-        }
+        self._settled = asyncio.Event()
+        """Every family has had its first sync."""
+        self._effects = {dataplane.family: self._effects_of(dataplane) for dataplane in self._dataplanes}
         self._supervisor = Supervisor(os.environ)
         self._answers: Answers | None = None
-        self._effects = {family: asyncio.Event() for family in families}
+        self._own_node = OwnNode(node_name, settings, self._state)
+        self._interfaces: Interfaces = {}
         self._interfaces_known = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._pod_cidrs: tuple[str, ...] = ()
         self._unsettled = set(families)
         """Families whose first sync is still to come."""
-        self._settled = asyncio.Event()
+
+    def _prepare(self) -> None:
+        privileged.set_up_or_tell(self._settings, self._mode)
+        if self._mode == "ipvs":  # IPVS-2
+            _log.error("mode ipvs is deprecated in Kubernetes and will be removed there: use mode nftables")
+
+    def _periods(self, settings: Settings) -> Periods:
+        """How often to sync; in mode ipvs everything is looked at each syncPeriod, as backends drain (IPVS-28)."""
+        periods = Periods(minimum=settings.min_sync_period, retry=settings.sync_period)
+        return msgspec.structs.replace(periods, maximum=settings.sync_period) if self._mode == "ipvs" else periods
+
+    def _effects_of(self, dataplane: Dataplane) -> Effects:
+        family = dataplane.family
+        checks = HealthCheckServers(
+            family,
+            partial(self._health.healthy, family),
+            report=partial(self._tell, family),
+            failed=self._health_check_failed,
+            server=self._server,
+        )
+        return Effects(
+            dataplane,
+            self._desired,
+            self._metrics,
+            checks,
+            self._settled,
+            remove_kube_proxy_rules=self._settings.remove_kube_proxy_rules,
+        )
+
+    def _count(self) -> Counters:
+        """What counts the traffic of Services."""
+        relaying = [each for each in self._dataplanes if isinstance(each, Relaying)]
+        if relaying:
+            return Relayed(relaying)
+        if not self._settings.traffic_counters:
+            return Off()
+        families = [dataplane.family for dataplane in self._dataplanes]
+        ledgers = [Ledger(family, partial(self._desired.routes, family)) for family in families]
+        counting = Counting(ledgers, nat=self._mode != "ipvs")
+        self._metrics.register(TrafficCollector(counting, self._settings.traffic_counter_series))
+        return counting
 
     async def run(self, reading: Reading | None, following: Following | None) -> None:
         """Run until SIGTERM or SIGINT; the arguments are those of `main`.
@@ -164,7 +187,7 @@ class _Agent:
         sys.setswitchinterval(TURN)
         memory.expect_much()
         asyncio.get_running_loop().call_later(memory.LONGEST, memory.give_up)
-        self._set_up(self._settings)
+        self._prepare()
         source = await open_source(self._settings, self._node_name, self._metrics, reading)
         _log.info(
             "starting",
@@ -189,17 +212,20 @@ class _Agent:
                 tasks = [
                     group.create_task(source.run(self._state), name="source"),
                     group.create_task(watch_addresses(self._on_interfaces), name="interfaces"),
-                    group.create_task(self._serve(), name="serve"),
+                    group.create_task(self._serve(source), name="serve"),
                     group.create_task(self._sync(), name="sync"),
-                    *(group.create_task(self._apply_effects(family), name="checks") for family in self._checks),
-                    *(group.create_task(each.run(), name="conntrack") for each in self._reconcilers.values()),
-                    group.create_task(self._watch_strangers(), name="strangers"),
+                    *(group.create_task(each.run(), name="effects") for each in self._effects.values()),
+                    group.create_task(watch_strangers(self._dataplanes, self._syncs), name="strangers"),
                     group.create_task(self._answer(source), name="agent socket"),
                     group.create_task(self._supervisor.run(), name="supervisor"),
                     *self._event_tasks(group, source),
                 ]
+                if isinstance(self._counters, Counting):
+                    tasks.append(group.create_task(self._counters.run(), name="counters"))
                 if following is not None:
-                    tasks.append(group.create_task(self._follow(following), name="configuration"))
+                    tasks.append(
+                        group.create_task(follow(following, self._configure, self._supervisor), name="configuration")
+                    )
                 await stop.wait()
                 self._supervisor.stopping()
                 _log.info("ending", rules="stay as they are")
@@ -211,8 +237,8 @@ class _Agent:
                 raise
             raise FatalError("; ".join(str(each) for each in _leaves(fatal))) from None
         finally:
-            for checks in self._checks.values():
-                checks.close()
+            for effects in self._effects.values():
+                effects.close()
             for dataplane in self._dataplanes:
                 dataplane.close()
 
@@ -227,57 +253,30 @@ class _Agent:
     # --- what comes in ---------------------------------------------------------------------------------------
 
     def _on_change(self) -> None:
-        self._changed.set()
-        self._health.set_eligible(eligible(self._state.node) or bool(self._settings.manifests and not self._state.node))
-        self._check_pod_cidrs()
+        self._health.set_eligible(self._own_node.eligible)
+        self._own_node.changed()
         for sync in self._syncs:
             sync.request()
 
     def _on_interfaces(self, interfaces: Interfaces) -> None:
+        self._interfaces = interfaces
         self._interfaces_known.set()
         self._desired.set_interfaces(interfaces)
         for sync in self._syncs:
             sync.request()
-
-    async def _follow(self, following: Following) -> None:
-        """Take on what changes in the configuration file, or end because of it (CFG-54)."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload, following)
-        async with contextlib.aclosing(following.changes()) as changes:
-            async for news in changes:
-                for problem in news.problems:
-                    _log.error("the configuration stays as it was", reason=problem)
-                if news.change.restart:
-                    fields = ", ".join(news.change.restart)
-                    raise FatalError(f"the configuration file was updated: ending, to start anew with its {fields}")
-                if news.problems:
-                    self._supervisor.reloaded()
-                    continue
-                for warning in news.loaded.warnings:
-                    _log.warning(warning)
-                _log.info("configuration", changed=", ".join(news.change.live) or "nothing")
-                self._configure(news.loaded.settings)
-                self._supervisor.reloaded()
-
-    def _reload(self, following: Following) -> None:
-        self._supervisor.reloading()
-        following.look()
-
-    def _set_up(self, settings: Settings) -> None:
-        for complaint in privileged.set_up(settings):
-            _log.warning("the node is not set up as configured", reason=complaint)
 
     def _configure(self, settings: Settings) -> None:
         """Go by another configuration, as far as `proxy.config.schema` calls its fields live."""
         before, self._settings = self._settings, settings
         logs.configure(settings.log_format, settings.verbosity)
         if privileged.concerns(before) != privileged.concerns(settings):
-            self._set_up(settings)
+            privileged.set_up_or_tell(settings, self._mode)
         self._health.set_timeout(settings.health_timeout)
         self._desired.set_settings(settings)
         if self._answers is not None:
             self._answers.configured(settings)
         for sync in self._syncs:
-            sync.configure(Periods(minimum=settings.min_sync_period, retry=settings.sync_period), settings.drift_policy)
+            sync.configure(self._periods(settings), settings.drift_policy)
             if settings.drift_policy != before.drift_policy:
                 sync.doubt()
             sync.request()
@@ -285,75 +284,49 @@ class _Agent:
     def _tell(self, family: Family, service: Key, reason: str | None) -> None:
         self._state.trouble(f"health check {family.label}", f"Service {service}", reason)
 
-    def _check_pod_cidrs(self) -> None:
-        """End the process when the Node's podCIDRs change under detect-local mode NodeCIDR (NOD-6)."""
-        node = self._state.node
-        if self._settings.detect_local_mode != "NodeCIDR" or node is None:
-            return
-        if not self._pod_cidrs:
-            self._pod_cidrs = node.spec.pod_cidrs
-        elif self._pod_cidrs != node.spec.pod_cidrs:
-            _log.error("the Node's podCIDRs changed: ending, to start anew", was=self._pod_cidrs)
-            os._exit(1)
-
-    async def _watch_strangers(self) -> None:
-        """Look at the kernel again when another process touched our rules (DESIGN 4.2)."""
-        loop = asyncio.get_running_loop()
-        try:
-            watch = modes.watch(self._dataplanes)
-        except OSError as error:
-            _log.warning("changes by other processes are noticed hourly only", reason=str(error))
-            return
-        with contextlib.closing(watch):
-            loop.add_reader(watch.fileno(), self._doubt, watch)
-            try:
-                await loop.create_future()
-            finally:
-                loop.remove_reader(watch.fileno())
-
-    def _doubt(self, watch: modes.Watch) -> None:
-        for family, by in watch.touched():
-            for sync in self._syncs:
-                if sync.family is family:
-                    sync.doubt([by] if by is not None else [])
-
     # --- what goes out ---------------------------------------------------------------------------------------
 
     async def _sync(self) -> None:
         await self._interfaces_known.wait()
-        await self._wait_for_node()
+        await self._own_node.wait()
+        self._own_node.check(self._settings, [each.family for each in self._dataplanes], self._interfaces)
+        try:
+            await asyncio.to_thread(modes.meet_workers, self._dataplanes)
+        except DataplaneError as error:
+            _log.warning("connections of userspace mode may be cut", reason=str(error))
         async with asyncio.TaskGroup() as group:
             for sync in self._syncs:
                 sync.request()
                 group.create_task(sync.run(), name=f"sync {sync.family.label}")
 
-    async def _wait_for_node(self) -> None:
-        """Wait until what is said about the node rests on its Node object (NOD-2 to NOD-5)."""
-        if self._settings.manifests:
-            return
-        needs_pod_cidrs = self._settings.detect_local_mode == "NodeCIDR"
-        await self._wait_until(lambda: self._state.listed(Resource.NODES), None)
-        known = await self._wait_until(
-            lambda: bool((node := self._state.node) and node.status.addresses), NODE_PATIENCE
+    def _page(self, source: Source) -> Handler | None:
+        """What serves /debug/services, where it may be served."""
+        from proxy.explain.gather import Means  # noqa: PLC0415  # who has no page does not pay for it
+        from proxy.serving import debug_services as services  # noqa: PLC0415  # likewise
+
+        if why := services.not_served(self._settings):
+            _log.warning("the page /debug/services is not served", reason=why)
+            return None
+        node = services.Node(
+            name=self._node_name,
+            version=metadata.version("sluice-proxy"),
+            mode=self._mode,
+            source=source.description,
+            families=lambda: self._answers.families() if self._answers is not None else (),
         )
-        if not known:
-            _log.error("timed out waiting for the Node and its addresses: going on without", node=self._node_name)
-        if needs_pod_cidrs and not await self._wait_until(
-            lambda: bool((node := self._state.node) and node.spec.pod_cidrs), POD_CIDR_PATIENCE
-        ):
-            raise FatalError(f'timeout waiting for PodCIDR allocation on node "{self._node_name}"')
+        families = tuple(sync.family for sync in self._syncs)
+        page = services.ServicesPage(
+            self._settings,
+            node,
+            self._state,
+            self._desired,
+            families=families,
+            counters=self._counters,
+            means=Means(open_dataplane=modes.opener(self._settings)),
+        )
+        return page.answer
 
-    async def _wait_until(self, condition: Callable[[], bool], seconds: float | None) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                while not condition():
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _serve(self) -> None:
+    async def _serve(self, source: Source) -> None:
         await serve(
             self._settings,
             self._health,
@@ -362,6 +335,7 @@ class _Agent:
             version=metadata.version("sluice-proxy"),
             server=self._server,
             configz=lambda: self._settings.configz,
+            page=self._page(source) if self._settings.debug_page else None,
             failed=self._server_failed,
         )
 
@@ -383,6 +357,7 @@ class _Agent:
             syncs=self._syncs,
             health=self._health,
             unserved=self._unserved,
+            counters=self._counters,
         )
         await AgentServer(self._settings.run_directory, self._answers.answer).run()
 
@@ -393,58 +368,7 @@ class _Agent:
                 memory.settle()
                 self._supervisor.ready()
                 self._settled.set()
-        now = time.time()
-        for trigger in self._desired.take_triggers(family):
-            self._metrics.programming_latency(family, now - trigger.time)
-        self._reconcilers[family].written(self._desired.take_changes(family), applied)
-        self._effects[family].set()
-
-    async def _remove_other_modes(self, family: Family) -> None:
-        """Take away what an agent in another mode has left: our own rules are in place, so nobody notices."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(OTHERS_PATIENCE):
-                await self._settled.wait()
-                # Flows that userspace mode has accepted must be the rules' before its sockets go.
-                await self._reconcilers[family].begun.wait()
-        [dataplane] = (each for each in self._dataplanes if each.family is family)
-        try:
-            for name in await asyncio.to_thread(modes.remove_others, dataplane):
-                _log.info("removed what another mode had left", mode=name, family=family.label)
-        except DataplaneError as error:
-            self._metrics.cleanup_failed(family)
-            _log.warning("what another mode has left stays", family=family.label, reason=str(error))
-        if self._settings.remove_kube_proxy_rules:
-            await self._remove_kube_proxy(family)
-
-    async def _remove_kube_proxy(self, family: Family) -> None:
-        """Take away what kube-proxy has left, unless it runs (docs/takeover.md)."""
-        try:
-            for line in await asyncio.to_thread(takeover.take_over, family):
-                _log.info(line)
-        except takeover.RunningError as error:
-            _log.warning("rules of kube-proxy stay", family=family.label, reason=str(error))
-        except DataplaneError as error:
-            self._metrics.cleanup_failed(family)
-            _log.warning("rules of kube-proxy stay", family=family.label, reason=str(error))
-
-    async def _apply_effects(self, family: Family) -> None:
-        """After each sync: health-check node ports, and what metrics say of the tables (IPT-27)."""
-        checks = self._checks[family]
-        await self._effects[family].wait()
-        async with asyncio.TaskGroup() as group:
-            # Beside the rest: what userspace mode has left may take the time of its drain.
-            group.create_task(self._remove_other_modes(family), name=f"other modes {family.label}")
-            await self._keep_up_effects(family, checks)
-
-    async def _keep_up_effects(self, family: Family, checks: HealthCheckServers) -> None:
-        while True:
-            await self._effects[family].wait()
-            self._effects[family].clear()
-            no_local = self._desired.no_local(family)
-            self._metrics.no_local(family, no_local.internal, no_local.external)
-            self._metrics.routes(family, self._desired.size(family))
-            checks.set_addresses(self._desired.facts(family).node_port_addresses)
-            checks.sync(self._desired.health_checks(family))
+        self._effects[family].succeeded(applied)
 
 
 def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:

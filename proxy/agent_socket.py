@@ -20,6 +20,8 @@ Verbs and what they return:
     decisions  service           what became of each endpoint of a Service: a list of `proxy.report.EndpointReport`
     objects    [service]         Services, slices, the Node and ServiceCIDRs, spelt as in the API: parts are lists
     troubles                     what is wrong with objects and files
+    counters                     what has passed Services: parts are lists of `proxy.counters.Row`, the result is a
+                                 `proxy.counters.Report`
 
 This module is the client; `proxy.serving.agent_server` is the other end.  It loads neither asyncio nor aiohttp.
 """
@@ -37,6 +39,7 @@ import msgspec
 
 from proxy.config.settings import RUN_DIRECTORY as RUN_DIRECTORY  # noqa: PLC0414  # part of this interface
 from proxy.conntrack import Serving
+from proxy.counters import Report, Row
 from proxy.report import EndpointReport, Status, Trouble
 from rules.dataplane import Capabilities
 from rules.forwarding import Endpoint, Family, ForwardingTable, Frontend, NodeFacts, Route
@@ -219,6 +222,13 @@ def decisions(service: str, run_directory: str = RUN_DIRECTORY) -> tuple[Endpoin
 def troubles(run_directory: str = RUN_DIRECTORY) -> tuple[Trouble, ...]:
     """What is wrong with objects and files; raises what `request` raises."""
     return _decode(tuple[Trouble, ...], request("troubles", run_directory=run_directory).result)
+
+
+def counters(run_directory: str = RUN_DIRECTORY) -> tuple[Report, list[Row]]:
+    """What has passed each Service; raises what `request` raises."""
+    answer = request("counters", run_directory=run_directory)
+    rows = [row for part in answer.parts for row in _decode(tuple[Row, ...], part)]
+    return _decode(Report, answer.result), rows
 
 
 def objects(service: str = "", run_directory: str = RUN_DIRECTORY) -> list[Any]:

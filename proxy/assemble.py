@@ -153,6 +153,11 @@ class Assembler:
         """The endpoints that serve each frontend whose stale flows are deleted."""
         return self._serving
 
+    @property
+    def routes(self) -> Mapping[Frontend, Route]:
+        """The routes of the table; they change with later updates."""
+        return self._routes
+
     def table(self) -> ForwardingTable:
         """The table of now; it does not change with later updates."""
         return ForwardingTable(

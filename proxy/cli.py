@@ -11,6 +11,7 @@ Started under the name `kube-proxy`, this is `sluice run`.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -74,8 +75,7 @@ def run(ctx: click.Context, /, **params: Any) -> int:
     if is_true(texts, "init-only"):
         from proxy import privileged  # noqa: PLC0415  # likewise
 
-        for complaint in privileged.set_up(settings):
-            log.warning("the node is not set up as configured", reason=complaint)
+        privileged.set_up_or_tell(settings)
         return 0
     reading = None
     if not settings.manifests and not settings.takeover:
@@ -189,6 +189,8 @@ for _each in questions.VERBS:
 
 def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> int:
     """Run a command line and give its exit code; `arguments` and `name` are the process's unless given."""
+    if arguments is None:
+        _have_standard_streams()
     args = list(sys.argv[1:] if arguments is None else arguments)
     as_kube_proxy = Path(sys.argv[0] if name is None else name).name == KUBE_PROXY
     verb = "run" if as_kube_proxy else next((each for each in args if not each.startswith("-")), "")
@@ -228,8 +230,42 @@ def _explain(error: Exception, command: str) -> Sequence[str]:
     if isinstance(error, click.ClickException):
         return [f"{error.format_message()}  (see {command} --help)"]
     if isinstance(error, OSError):
-        return [f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")]
+        return [_system(error)]
+    if isinstance(error, ExceptionGroup):
+        return list(dict.fromkeys(line for each in error.exceptions for line in _explain(each, command)))
     return [f"internal error: {type(error).__name__}: {error}  ({TRACEBACK}=1 shows where)"]
+
+
+def _system(error: OSError) -> str:
+    """What the system says, about what, and what to do where that is known."""
+    about = error.filename
+    advice = ""
+    match error.errno:
+        case errno.EMFILE | errno.ENFILE:
+            advice = ": raise the limit of open files (ulimit -n, LimitNOFILE= of a unit)"
+        case errno.ENOSPC if not about:
+            about = "what this prints"
+        case errno.ENOENT if not about and not _has_directory():
+            about, advice = "the current directory", ": change to one that is there"
+    said = error.strerror or str(error)
+    return f"{about}: {said}{advice}" if about else f"{said}{advice}"
+
+
+def _has_directory() -> bool:
+    try:
+        return bool(os.getcwd())  # noqa: PTH109  # it is the call itself that is asked about
+    except OSError:
+        return False
+
+
+def _have_standard_streams() -> None:
+    """Open what is closed of standard input, output and error: else the next socket takes its number, and our words."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115, PTH123  # for good
 
 
 def _write_config(path: str, loaded: Loaded) -> int:
@@ -239,7 +275,10 @@ def _write_config(path: str, loaded: Loaded) -> int:
     from proxy.config.printed import own  # noqa: PLC0415  # likewise
 
     documents = [loaded.settings.configz, *filter(None, [own(loaded.merged)])]
-    Path(path).write_text("---\n".join(map(yaml.safe_dump, documents)), encoding="utf-8")
+    try:
+        Path(path).write_text("---\n".join(map(yaml.safe_dump, documents)), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--write-config-to {path}: {error.strerror or error}") from None
     return 0
 
 

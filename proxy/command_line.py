@@ -34,9 +34,12 @@ NODE_FLAGS = (
     "iptables-masquerade-bit",
     "iptables-localhost-nodeports",
     "feature-gates",
+    "iptables-backend",
     "strict-config",
 )
-"""The flags of `run` on which tables depend."""
+"""The flags of `run` on which depends what a node's tables are, and by what its kernel is read."""
+READING_FLAGS = frozenset(("config", "iptables-backend", "run-directory"))
+"""Those of them that mean something where a kernel or an agent is asked, without manifests."""
 
 _FIRST = ("config", "kubeconfig")
 """Flags of kube-proxy that stand among the first in the help."""
@@ -107,7 +110,7 @@ class FlagOption(click.Option):
         if flag.default:
             text += f" [{flag.default}]"
         if not flag.honoured:
-            text += " (not supported yet)"
+            text += " (no effect)"
         spellings = (f"--{flag.name}", "-v") if flag.name == "v" else (f"--{flag.name}",)
         super().__init__((*spellings, _variable(flag)), multiple=True, metavar=METAVARS[flag.type], help=text)
 

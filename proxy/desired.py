@@ -19,7 +19,7 @@ from proxy.conntrack import Change, Serving, compose
 from proxy.node import Interfaces, node_facts, view_of
 from proxy.objects import Key, Metadata
 from proxy.state import State, Trigger
-from rules.forwarding import Delta, Family, ForwardingTable, Frontend, NodeFacts
+from rules.forwarding import Delta, Family, ForwardingTable, Frontend, NodeFacts, Route
 
 _SLICE = 100
 """Services that are computed in one go: some 5 ms."""
@@ -110,6 +110,10 @@ class Desired:
     def table(self, family: Family) -> ForwardingTable:
         """The whole table of now."""
         return self._assemblers[family].table()
+
+    def routes(self, family: Family) -> Mapping[Frontend, Route]:
+        """Its routes alone, without a copy: they change with later refreshes."""
+        return self._assemblers[family].routes
 
     def conflicts(self, family: Family) -> tuple[Conflict, ...]:
         """The frontends that several Services claim."""

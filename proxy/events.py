@@ -173,7 +173,8 @@ class Recorder:
             self._complained = False
         elif not self._complained:
             self._complained = True
-            _log.warning("events are not recorded", about=f"{event.kind} {event.key}", reason=trouble)
+            # The source warns of a server that cannot be reached; that an event is lost is no more than worth knowing.
+            _log.info("events are not recorded", about=f"{event.kind} {event.key}", reason=trouble)
 
     async def settled(self, seconds: float) -> None:
         """Wait until everything is written or dropped, but no longer than so many seconds."""

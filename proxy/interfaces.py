@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
 from rules.forwarding import Address
+from rules.ipvs import DEVICE, KUBE_PROXYS_DEVICE
 from rules.netlink.attributes import (
     DUMP,
     DUMP_INTERRUPTED,
@@ -77,8 +78,10 @@ def _read(netlink: socket.socket) -> Mapping[str, tuple[Address, ...]]:
         values = attributes(payload[_ADDRESS_HEADER.size :])
         # A point-to-point address has its own end in IFA_LOCAL.
         address = values.get(_LOCAL) or values.get(_ADDRESS)
-        if address:
-            found[names.get(index) or str(index)].append(address)
+        name = names.get(index) or str(index)
+        # What mode ipvs binds is Services' and not the node's (IPVS-8).
+        if address and name not in {DEVICE, KUBE_PROXYS_DEVICE}:
+            found[name].append(address)
     return {name: tuple(addresses) for name, addresses in found.items()}
 
 

@@ -109,6 +109,13 @@ def to_json(shown: Shown) -> dict[str, Any]:
     }
 
 
+def frontend_of(route: Mapping[str, Any]) -> str:
+    """The frontend of a route of `to_json`, as `str` of a `Frontend` has it."""
+    address = route["address"]
+    host = "*" if address is None else f"[{address}]" if ":" in address else address
+    return f"{host}:{route['port']}/{route['protocol']}"
+
+
 def masquerade(route: Route, node: NodeFacts) -> str:
     """Whose source is rewritten to the node's address, but for a backend that reaches itself (TRF-3 to TRF-7)."""
     if not route.backends:
@@ -123,18 +130,23 @@ def masquerade(route: Route, node: NodeFacts) -> str:
 def facts_lines(table: ForwardingTable) -> Iterator[str]:
     """What holds for every route of a table, a line each."""
     node = table.node
-    yield f"mark            {node.mark:#x}" + (
-        ", every ClusterIP connection masqueraded" if node.masquerade_all else ""
-    )
+    if not node.relayed:
+        yield f"mark            {node.mark:#x}" + (
+            ", every ClusterIP connection masqueraded" if node.masquerade_all else ""
+        )
     yield f"local pods      {detector_words(node.detector)}"
     if node.node_port_addresses is None:
         ports = "every address but loopback"
     else:
         ports = ", ".join(_addresses(node.node_port_addresses)) or "no address"
-    yield f"node ports on   {ports}" + (", and 127.0.0.0/8" if node.loopback_node_ports else "")
+    loopback = "127.0.0.1" if node.relayed else "127.0.0.0/8"
+    yield f"node ports on   {ports}" + (f", and {loopback}" if node.loopback_node_ports else "")
     networks = ", ".join(map(str, node.service_cidrs))
-    yield f"service CIDRs   {networks or 'none known'}" + (": unallocated addresses are dropped" if networks else "")
+    unallocated = f": unallocated addresses are {'refused' if node.relayed else 'dropped'}" if networks else ""
+    yield f"service CIDRs   {networks or 'none known'}{unallocated}"
     yield f"closed ports    of a ClusterIP are {'rejected' if node.reject_closed_ports else 'left alone'}"
+    if node.health_check_ports:
+        yield f"health checks   let in at {', '.join(map(str, sorted(node.health_check_ports)))}"
 
 
 def _sorted_routes(table: ForwardingTable) -> list[tuple[Frontend, Route]]:
@@ -191,6 +203,7 @@ def _facts_json(node: NodeFacts) -> dict[str, Any]:
         "loopbackNodePorts": node.loopback_node_ports,
         "rejectClosedPorts": node.reject_closed_ports,
         "serviceCIDRs": list(map(str, node.service_cidrs)),
+        "healthCheckPorts": sorted(node.health_check_ports),
     }
 
 

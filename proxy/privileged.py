@@ -7,6 +7,7 @@ without, where kube-proxy refuses to start (CT-8, IPT-30).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -15,10 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proxy.config.settings import PRIMARY, ConntrackLimits, Settings
+from proxy.logs import get_logger
 from proxy.modes import supported_families
 from proxy.node import covers_loopback, node_ips
 from proxy.sysctls import ROUTE_LOCALNET, Setting, ensure_all, sysctl
+from rules.dataplane import UnavailableError
 from rules.forwarding import Family
+
+_log = get_logger("sluice.agent")
 
 MOST_FLOWS = 1 << 20
 """The most flows that a number of cores asks for (CT-8)."""
@@ -33,12 +38,17 @@ _NETLINK_NETFILTER = 12
 _REQUEST_DUMP = 0x301
 
 
-def set_up(settings: Settings) -> list[str]:
-    """Do everything that takes privileges, where it isn't done yet; what could not be done, a line for each reason."""
+def set_up(settings: Settings, mode: str = "") -> list[str]:
+    """Do everything that takes privileges, where it isn't done yet; what could not be done, a line for each reason.
+
+    `mode` is the dataplane that was chosen; empty: the configured one.
+    """
     conntrack = list(conntrack_settings(settings.conntrack, cores()))
     if conntrack and not conntrack[0].path.exists():
         _load_conntrack()
-    complaints = ensure_all([*conntrack, *_sysctls(settings), Setting(_OOM_SCORE, settings.oom_score_adj)])
+    complaints = ensure_all(
+        [*conntrack, *_sysctls(settings, mode or settings.mode), Setting(_OOM_SCORE, settings.oom_score_adj)]
+    )
     most = flows(settings.conntrack, cores())
     # The hash table is the machine's: an agent whose network namespace may not say how many flows there are leaves it.
     if most and not any(conntrack[0].name in each for each in complaints):
@@ -46,9 +56,25 @@ def set_up(settings: Settings) -> list[str]:
     return complaints
 
 
+def set_up_or_tell(settings: Settings, mode: str = "") -> None:
+    """`set_up`; what could not be done goes to the log, in one line."""
+    if complaints := set_up(settings, mode):
+        _log.warning(
+            "the node is not set up as configured",
+            reason="; ".join(complaints),
+            do="run it once with all privileges and --init-only, or configure what the node has; rules work without",
+        )
+
+
 def concerns(settings: Settings) -> tuple[object, ...]:
     """Of a configuration what `set_up` goes by: another one with the same needs nothing done again."""
-    return settings.mode, settings.conntrack, settings.oom_score_adj, needs_route_localnet(settings)
+    return (
+        settings.mode,
+        settings.ipvs.strict_arp,
+        settings.conntrack,
+        settings.oom_score_adj,
+        needs_route_localnet(settings),
+    )
 
 
 # --- connection tracking ----------------------------------------------------------------------------------------
@@ -101,17 +127,26 @@ def _load_conntrack() -> None:
 # --- the rest ---------------------------------------------------------------------------------------------------
 
 
-def _sysctls(settings: Settings) -> Iterator[Setting]:
+def _sysctls(settings: Settings, mode: str) -> Iterator[Setting]:
     """What the mode needs."""
     if needs_route_localnet(settings):
         yield sysctl(ROUTE_LOCALNET, 1)
-    if settings.mode == "ipvs":  # IPVS-3
-        yield sysctl("net/ipv4/vs/conntrack", 1)
-        if (4, 1) <= _kernel(os.uname().release) < (5, 9):
-            yield sysctl("net/ipv4/vs/conn_reuse_mode", 0)
-        yield sysctl("net/ipv4/vs/expire_nodest_conn", 1)
-        yield sysctl("net/ipv4/vs/expire_quiescent_template", 1)
-        yield sysctl("net/ipv4/ip_forward", 1)
+    if settings.traffic_counters:
+        yield sysctl(_NETFILTER + "acct", 1)
+    if mode == "ipvs":
+        from rules.ipvs import node  # noqa: PLC0415  # one dataplane of several is loaded
+
+        _load_ipvs()
+        wanted = node.sysctls(strict_arp=settings.ipvs.strict_arp, release=os.uname().release)
+        yield from (sysctl(name, value) for name, value in wanted.items())
+
+
+def _load_ipvs() -> None:
+    """Have the kernel load IPVS, as asking it anything about that does."""
+    from rules.ipvs.services import Ipvs  # noqa: PLC0415  # as above
+
+    with contextlib.suppress(UnavailableError):  # what is missing then is told when it is to be set
+        Ipvs().close()
 
 
 def needs_route_localnet(settings: Settings) -> bool:
@@ -124,7 +159,3 @@ def needs_route_localnet(settings: Settings) -> bool:
         and covers_loopback(addresses, node_ips(None))
         and Family.IPV4 in supported_families()
     )
-
-
-def _kernel(release: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", release)[:2]))

@@ -67,6 +67,11 @@ class Runner:
         """Whether a run is asked for, or at work."""
         return self._running or self._requested.is_set()
 
+    @property
+    def at_work(self) -> bool:
+        """Whether a run is at work."""
+        return self._running
+
     def request(self, *, urgent: bool = False) -> None:
         """Ask for a run, as soon as the periods allow; an urgent one at the end of the run at work."""
         self._requested.set()

@@ -137,6 +137,11 @@ class FamilySync:
     def dataplane(self) -> Dataplane:
         return self._dataplane
 
+    @property
+    def at_work(self) -> bool:
+        """Whether a sync is computed or written now."""
+        return self._runner.at_work
+
     def statistics(self) -> Syncs:
         now = self._clock()
         last, seen = self._last, self._drift

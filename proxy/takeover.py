@@ -16,10 +16,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rules.dataplane import DataplaneError
+from rules.dataplane import DataplaneError, UnavailableError
 from rules.foreign.removal import NFT_ENTRIES, NFT_TABLE, Removal, removal
 from rules.forwarding import Family
 from rules.iptables.programs import Programs, RestoreError, available
+from rules.ipvs import DEVICE, KUBE_PROXYS_DEVICE
 from rules.netlink.attributes import DecodeError, attributes, text, text_of
 from rules.netlink.transaction import NetfilterSocket, TransactionError, attributes_of, netfilter_message
 
@@ -61,7 +62,7 @@ def present(family: Family) -> bool:
     Raises:
         DataplaneError: they cannot be read.
     """
-    return _table(family, remove=False) or any(removal(each.saved()) for each in available(family).values())
+    return _table(family, remove=False) or any(removal(_saved(each)) for each in available(family).values())
 
 
 def who_runs(proc: Path = Path("/proc"), *, ports: bool = True) -> str:
@@ -122,24 +123,38 @@ def left_of_ipvs(proc: Path = Path("/proc")) -> list[str]:
     """What of mode ipvs is there and stays, and how it is removed, a sentence each.  Nothing is loaded to find out."""
     found = []
     try:
+        devices = (proc / "thread-self/net/dev").read_text()
+    except OSError:
+        devices = ""
+    try:
         # Three lines of heading; those of real servers are indented.
         servers = [line for line in (proc / "thread-self/net/ip_vs").read_text().splitlines()[3:] if line[:1] != " "]
     except OSError:
         servers = []
-    if servers:
+    # Where mode ipvs is ours, these are our servers.
+    if servers and f"{DEVICE}:" not in devices:
         found.append(f"{len(servers)} virtual servers of ipvs stay: if all are {PROXY}'s, run ipvsadm --clear")
-    try:
-        devices = (proc / "thread-self/net/dev").read_text()
-    except OSError:
-        devices = ""
-    if "kube-ipvs0:" in devices:
-        found.append(f"the device kube-ipvs0 of {PROXY}'s mode ipvs stays: remove it by ip link delete kube-ipvs0")
+    if f"{KUBE_PROXYS_DEVICE}:" in devices:
+        found.append(
+            f"the device {KUBE_PROXYS_DEVICE} of {PROXY}'s mode ipvs stays: remove it by "
+            f"ip link delete {KUBE_PROXYS_DEVICE}"
+        )
     return found
+
+
+def _saved(programs: Programs) -> str:
+    """The rules that the kernel holds for these programs; none where it can do nothing with them."""
+    try:
+        return programs.saved()
+    except UnavailableError:
+        if os.geteuid() != 0:
+            raise  # who may not look cannot know
+        return ""
 
 
 def _remove_iptables(programs: Programs) -> Removal:
     for last in (*[False] * (_TRIES - 1), True):
-        wanted = removal(programs.saved())
+        wanted = removal(_saved(programs))
         try:
             for step in wanted.steps if wanted else ():
                 programs.apply(step)

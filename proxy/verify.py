@@ -143,7 +143,8 @@ def against_manifests(
         CannotTellError: the manifests cannot be read or used.
         DataplaneError: the kernel could not be read, or the mode is not there.
     """
-    yield from against_tables(_wanted(settings, filename), modes.choose(settings.mode), open_dataplane)
+    name = modes.choose(settings.mode, settings.iptables_backend)
+    yield from against_tables(_wanted(settings, filename), name, open_dataplane)
 
 
 def against_tables(

@@ -8,6 +8,7 @@ number where text is wanted is that text, but quoted digits are no number.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +60,7 @@ def read(path: Path) -> Document:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"--config {path}: {reason}") from None
+        raise ConfigError(f"--config {path}: {_why_unreadable(error)}") from None
     if len(data) > _LARGEST:
         raise ConfigError(f"--config {path}: is larger than 1 MiB, which no configuration is")
     try:
@@ -68,6 +68,20 @@ def read(path: Path) -> Document:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     return parse(text, str(path))
+
+
+def _why_unreadable(error: OSError | ValueError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "No such file or directory: give the path of a file that is there"
+        case PermissionError():
+            return f"Permission denied: let user {os.geteuid()} read it"
+        case IsADirectoryError():
+            return "Is a directory: give the path of the file in it"
+        case OSError():
+            return error.strerror or str(error)
+        case _:
+            return str(error)
 
 
 def parse(text: str, name: str) -> Document:
@@ -113,7 +127,7 @@ def _compose(text: str, name: str) -> Iterator[yaml.Node]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError(f"{where}: {error.problem or error.context or 'is not valid YAML'}") from None
+        raise ConfigError(f"{where}: is not valid YAML: {error.problem or error.context or 'no reason'}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: is not valid YAML: {str(error).splitlines()[0]}") from None
     except (RecursionError, ValueError):

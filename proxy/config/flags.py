@@ -154,6 +154,14 @@ FLAGS: tuple[Flag, ...] = (
         "removeKubeProxyRules",
     ),
     _own("run-directory", Type.STRING, "where the agent's socket is", "runDirectory"),
+    _own("traffic-counters", Type.BOOL, "count connections, packets and bytes of each Service", "trafficCounters"),
+    _own("debug-page", Type.BOOL, "a page about Services at /debug/services of the metrics server", "debugPage"),
+    _own(
+        "debug-page-anywhere",
+        Type.BOOL,
+        "serve that page although others than this node can reach the metrics server",
+        "debugPageAnywhere",
+    ),
     _own("strict-config", Type.BOOL, "refuse unknown fields of the file instead of warning about them"),
     _own("takeover", Type.BOOL, "wait until another agent of this network namespace has gone"),
     Flag(
@@ -209,7 +217,7 @@ def normalise(arguments: Sequence[str], names: Container[str] = BY_NAME) -> list
         else:
             following = next(rest, None)
             if following is None:
-                raise ConfigError(f"{dashes}{name}: needs a value")
+                raise ConfigError(f"{dashes}{name}: needs a value: {dashes}{name}=VALUE")
             result.append(f"--{name}={following}")
     return result
 

@@ -130,9 +130,13 @@ _OBEYED = (
     "ComponentStatusz",
     "LoggingAlphaOptions",
     "LoggingBetaOptions",
+    "NativeHistograms",
 )
 _LOCKED = ("MultiCIDRServiceAllocator", "NFTablesProxyMode", "PreferSameTrafficDistribution")
-_IGNORED = ("ContextualLogging", "NativeHistograms")
+IDLE: Mapping[str, str] = {
+    "ContextualLogging": "lines of the log name what they are about in any case",
+}
+"""Gates of kube-proxy that are not obeyed, and why."""
 
 _ALL = {"AllAlpha": Stage.ALPHA, "AllBeta": Stage.BETA}
 """Gates that stand for all of a stage that are not named themselves."""
@@ -142,7 +146,7 @@ PLANNED = frozenset(("KubeProxyIPVS", "KubeProxyNFTablesLocalhostNodePorts"))
 
 
 def _use(name: str) -> Use:
-    if name in _IGNORED:
+    if name in IDLE:
         return Use.IGNORED
     return Use.OWN if name in _OBEYED or name in _LOCKED else Use.OTHER
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from proxy.addresses import lenient_address, lenient_prefix
 from proxy.config.errors import ConfigError
-from proxy.config.gates import GATES, PLANNED, Use, enabled
+from proxy.config.gates import GATES, IDLE, PLANNED, Use, enabled
 from proxy.config.merge import Merged, merge
 from proxy.config.printed import v1alpha1
 from proxy.config.schema import BY_PATH, SECOND
-from proxy.config.settings import ConntrackLimits, HostPort, Settings, UserspaceLimits
+from proxy.config.settings import ConntrackLimits, HostPort, IpvsSettings, Settings, UserspaceLimits
 from proxy.config.validate import check, parse_host_port
 from proxy.config.values import quoted
 from rules.forwarding import Prefix, format_address, merge_prefixes
@@ -70,12 +70,22 @@ def _settings(merged: Merged) -> Settings:
             udp_stream_timeout=values["userspace.udpStreamTimeout"] / SECOND,
             max_udp_flows=values["userspace.maxUDPFlows"],
         ),
+        ipvs=IpvsSettings(
+            scheduler=values["ipvs.scheduler"],
+            excluded=_merge_cidrs(values["ipvs.excludeCIDRs"]) if values["mode"] == "ipvs" else (),
+            strict_arp=values["ipvs.strictARP"],
+            tcp_timeout=values["ipvs.tcpTimeout"] / SECOND,
+            tcp_fin_timeout=values["ipvs.tcpFinTimeout"] / SECOND,
+            udp_timeout=values["ipvs.udpTimeout"] / SECOND,
+        ),
         hostname_override=values["hostnameOverride"].strip().lower(),
         bind_address=format_address(lenient_address(values["bindAddress"])),
         manifests=values["manifests"],
         kubeconfig=values["clientConnection.kubeconfig"],
         config=merged.flags.get("config", ""),
         master=merged.flags.get("master", ""),
+        api_qps=values["clientConnection.qps"],
+        api_burst=values["clientConnection.burst"],
         config_sync_period=values["configSyncPeriod"] / SECOND,
         sync_period=values[f"{section}.syncPeriod"] / SECOND,
         min_sync_period=values[f"{section}.minSyncPeriod"] / SECOND,
@@ -96,6 +106,10 @@ def _settings(merged: Merged) -> Settings:
         drift_policy=values["driftPolicy"],
         remove_kube_proxy_rules=values["removeKubeProxyRules"],
         run_directory=values["runDirectory"],
+        traffic_counters=values["trafficCounters"],
+        traffic_counter_series=values["trafficCounterSeries"],
+        debug_page=values["debugPage"],
+        debug_page_anywhere=values["debugPageAnywhere"],
         log_format=values["logging.format"],
         verbosity=values["logging.verbosity"],
         strict_config=merged.flags.get("strict-config", False),
@@ -111,7 +125,7 @@ def _unknown_gates(merged: Merged) -> Iterator[str]:
     for name in merged.values["featureGates"]:
         if name not in GATES and name not in PLANNED:
             close = difflib.get_close_matches(name[:100], GATES, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]}?" if close else "; kube-proxy 1.36 has none of that name: leave it out"
             yield f"{merged.said('featureGates')}: unrecognized feature gate: {quoted(name)}{hint}"
 
 
@@ -124,13 +138,14 @@ def _without_effect(merged: Merged) -> Iterator[str]:
             continue
         if path.startswith("ipvs.") and values["mode"] != "ipvs":
             continue  # kube-proxy does not look at it either
-        yield f"{merged.said(path)} is not supported yet and has no effect"
+        why = f"has no effect: {field.idle}" if field.idle else "is not supported yet and has no effect"
+        yield f"{merged.said(path)} {why}"
     origin = merged.said("featureGates")
     for name, value in values["featureGates"].items():
         if name in PLANNED:
             yield f"{origin}: the feature gate {name} is newer than v1.36 and has no effect"
         elif GATES[name].use is Use.IGNORED and value != GATES[name].default:
-            yield f"{origin}: the feature gate {name} is not supported yet and has no effect"
+            yield f"{origin}: the feature gate {name} has no effect: {IDLE[name]}"
 
 
 def _prefixes(texts: Sequence[str]) -> tuple[Prefix, ...]:

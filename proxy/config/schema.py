@@ -41,6 +41,12 @@ class Field(NamedTuple):
     """Whether an empty value is left out of the printed object."""
     live: bool = False
     """Whether a running agent takes on another value; a change of other fields ends it, to be started again."""
+    idle: str = ""
+    """Why it never does anything here, for who asks for it."""
+
+
+_JSON = "the API server is spoken to in JSON"
+_UNBUFFERED = "every line is written at once, to standard error"
 
 
 def _windows(name: str, kind: Type, default: Any) -> Field:
@@ -51,25 +57,33 @@ def _windows(name: str, kind: Type, default: Any) -> Field:
 FIELDS: tuple[Field, ...] = (
     Field("featureGates", Type.GATES, {}, honoured=True, omit_empty=True),
     Field("clientConnection.kubeconfig", Type.STRING, "", honoured=True),
-    Field("clientConnection.acceptContentTypes", Type.STRING, ""),
+    Field("clientConnection.acceptContentTypes", Type.STRING, "", quiet=("application/json",), idle=_JSON),
     Field(
         "clientConnection.contentType",
         Type.STRING,
         "application/vnd.kubernetes.protobuf",
         zero_is_default=True,
         quiet=("application/json",),
+        idle=_JSON,
     ),
-    Field("clientConnection.qps", Type.FLOAT, 5.0, zero_is_default=True),
-    Field("clientConnection.burst", Type.INT, 10, zero_is_default=True),
+    Field("clientConnection.qps", Type.FLOAT, 5.0, honoured=True, zero_is_default=True),
+    Field("clientConnection.burst", Type.INT, 10, honoured=True, zero_is_default=True),
     Field("logging.format", Type.STRING, "text", honoured=True, zero_is_default=True, live=True),
     # Every line is written at once.
     Field("logging.flushFrequency", Type.FLUSH, 5 * SECOND, honoured=True, zero_is_default=True, live=True),
     Field("logging.verbosity", Type.INT, 0, honoured=True, live=True),
-    Field("logging.vmodule", Type.VMODULE, (), omit_empty=True, live=True),
-    Field("logging.options.text.splitStream", Type.BOOL, False, omit_empty=True, live=True),
-    Field("logging.options.text.infoBufferSize", Type.QUANTITY, "0", live=True),
-    Field("logging.options.json.splitStream", Type.BOOL, False, omit_empty=True, live=True),
-    Field("logging.options.json.infoBufferSize", Type.QUANTITY, "0", live=True),
+    Field(
+        "logging.vmodule",
+        Type.VMODULE,
+        (),
+        omit_empty=True,
+        live=True,
+        idle="its patterns name source files of kube-proxy",
+    ),
+    Field("logging.options.text.splitStream", Type.BOOL, False, omit_empty=True, live=True, idle=_UNBUFFERED),
+    Field("logging.options.text.infoBufferSize", Type.QUANTITY, "0", live=True, idle=_UNBUFFERED),
+    Field("logging.options.json.splitStream", Type.BOOL, False, omit_empty=True, live=True, idle=_UNBUFFERED),
+    Field("logging.options.json.infoBufferSize", Type.QUANTITY, "0", live=True, idle=_UNBUFFERED),
     Field("hostnameOverride", Type.STRING, "", honoured=True),
     Field("bindAddress", Type.STRING, ANY_ADDRESS, honoured=True, zero_is_default=True, live=True),
     Field("healthzBindAddress", Type.STRING, "0.0.0.0:10256", honoured=True, zero_is_default=True),
@@ -86,12 +100,12 @@ FIELDS: tuple[Field, ...] = (
     Field("iptables.minSyncPeriod", Type.DURATION, SECOND, honoured=True, zero_is_default=True, live=True),
     Field("ipvs.syncPeriod", Type.DURATION, 30 * SECOND, honoured=True, zero_is_default=True, live=True),
     Field("ipvs.minSyncPeriod", Type.DURATION, 0, honoured=True, live=True),
-    Field("ipvs.scheduler", Type.STRING, ""),
-    Field("ipvs.excludeCIDRs", Type.STRINGS, ()),
-    Field("ipvs.strictARP", Type.BOOL, False),
-    Field("ipvs.tcpTimeout", Type.DURATION, 0),
-    Field("ipvs.tcpFinTimeout", Type.DURATION, 0),
-    Field("ipvs.udpTimeout", Type.DURATION, 0),
+    Field("ipvs.scheduler", Type.STRING, "", honoured=True),
+    Field("ipvs.excludeCIDRs", Type.STRINGS, (), honoured=True),
+    Field("ipvs.strictARP", Type.BOOL, False, honoured=True),
+    Field("ipvs.tcpTimeout", Type.DURATION, 0, honoured=True),
+    Field("ipvs.tcpFinTimeout", Type.DURATION, 0, honoured=True),
+    Field("ipvs.udpTimeout", Type.DURATION, 0, honoured=True),
     Field("nftables.masqueradeBit", Type.INT, 14, honoured=True, live=True),
     Field("nftables.masqueradeAll", Type.BOOL, False, honoured=True, live=True),
     Field("nftables.syncPeriod", Type.DURATION, 30 * SECOND, honoured=True, zero_is_default=True, live=True),
@@ -132,6 +146,10 @@ OWN_FIELDS: tuple[Field, ...] = (
     _own("iptablesBackend", Type.STRING, ""),
     _own("removeKubeProxyRules", Type.BOOL, True, zero_is_default=False),
     _own("runDirectory", Type.STRING, "/run/sluice"),
+    _own("trafficCounters", Type.BOOL, False),
+    _own("trafficCounterSeries", Type.INT, 1000),
+    _own("debugPage", Type.BOOL, False),
+    _own("debugPageAnywhere", Type.BOOL, False),
     _own("userspace.workers", Type.INT, 0),
     _own("userspace.drain", Type.DURATION, 30 * SECOND, zero_is_default=False),
     _own("userspace.connectTimeout", Type.DURATION, 5 * SECOND),

@@ -66,6 +66,20 @@ class UserspaceLimits(msgspec.Struct, frozen=True, kw_only=True):
     """In one worker; with more, the one that was idle for longest goes."""
 
 
+class IpvsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is special to mode ipvs.  Times in seconds; 0 leaves what the kernel has (IPVS-4)."""
+
+    scheduler: str = ""
+    """How connections are balanced where no Service says; empty: `rr` (IPVS-5)."""
+    excluded: tuple[Prefix, ...] = ()
+    """Networks whose virtual servers are left alone (IPVS-24)."""
+    strict_arp: bool = False
+    """Whether the node answers ARP only on the interface that has the address (IPVS-3)."""
+    tcp_timeout: float = 0.0
+    tcp_fin_timeout: float = 0.0
+    udp_timeout: float = 0.0
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The effective configuration.  The defaults are those of an agent started without file and flags."""
 
@@ -92,6 +106,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     iptables_backend: IptablesBackend = ""
     """Which iptables programs write the rules of mode iptables; empty: those in use on the node."""
     userspace: UserspaceLimits = UserspaceLimits()
+    ipvs: IpvsSettings = IpvsSettings()
 
     # --- where objects come from ---
 
@@ -103,6 +118,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kubeconfig: str = ""
     master: str = ""
     """The API server's URL, in place of the one in the kubeconfig."""
+    api_qps: float = 5.0
+    """Requests a second to the API server; below 0: any number."""
+    api_burst: int = 10
+    """Requests to it at once."""
     config_sync_period: float = 900.0
 
     config: str = ""
@@ -125,6 +144,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     run_directory: str = RUN_DIRECTORY
     """Where the agent's socket is (DESIGN 4.12).  Agents of several network namespaces need one each."""
+
+    traffic_counters: bool = False
+    """Whether connections, packets and bytes of each Service are counted, which has connection tracking count."""
+    traffic_counter_series: int = 1000
+    """Service ports that metrics tell apart in their traffic; others are counted together."""
+    debug_page: bool = False
+    """Whether the metrics server has the page about Services."""
+    debug_page_anywhere: bool = False
+    """Whether it has it on an address that is not a loopback one, too."""
 
     healthz_bind_address: HostPort | None = HostPort("0.0.0.0", 10256)  # noqa: S104  # kubelets probe it from anywhere
     metrics_bind_address: HostPort | None = HostPort("127.0.0.1", 10249)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from rules.forwarding import format_address
 
 _WORDS = {"driftPolicy": ("repair", "report"), "iptablesBackend": ("legacy", "nft", "")}
 MOST_WORKERS = 1024
+_SCHEDULER = re.compile(r"[a-z0-9_]{0,15}")
+"""How the kernel's IPVS calls its schedulers; which of them it has shows when one is asked for (IPVS-1)."""
+MOST_SERIES = 100_000
 
 
 class Problem(NamedTuple):
@@ -64,6 +68,9 @@ def _check_own(values: Values) -> Iterator[Problem]:
             yield Problem(path, f"{quoted(values[path])}: must be {' or '.join(each or 'blank' for each in words)}")
     if not values["runDirectory"].startswith("/"):
         yield Problem("runDirectory", f"{quoted(values['runDirectory'])}: must be an absolute path")
+    if not 1 <= values["trafficCounterSeries"] <= MOST_SERIES:
+        shown = values["trafficCounterSeries"]
+        yield Problem("trafficCounterSeries", f"{shown}: must be within the range [1, {MOST_SERIES}]")
     if not 0 <= values["userspace.workers"] <= MOST_WORKERS:
         yield Problem(
             "userspace.workers", f"{values['userspace.workers']}: must be within the range [0, {MOST_WORKERS}]"
@@ -136,6 +143,10 @@ def _check_addresses(values: Values) -> Iterator[Problem]:
     yield from _check_cidrs("serviceCIDRs", values["serviceCIDRs"])
     if values["mode"] == "ipvs":
         yield from _check_cidrs("ipvs.excludeCIDRs", values["ipvs.excludeCIDRs"])
+        if not _SCHEDULER.fullmatch(values["ipvs.scheduler"]):
+            yield Problem(
+                "ipvs.scheduler", f"{quoted(values['ipvs.scheduler'])}: must be a kernel's scheduler, such as rr"
+            )
 
 
 def _check_cidrs(path: str, texts: Sequence[str]) -> Iterator[Problem]:

@@ -140,7 +140,7 @@ class Hosts:
         Left to the kernel, connections to two frontends may come from one port.  Both being translated to one backend,
         NAT has to give the second one another port, and it looks masqueraded.
         """
-        ports = self.ports.setdefault(host, itertools.cycle(range(*_PORTS)))
+        ports = self.ports.setdefault(host, itertools.cycle(ports_from_now_on()))
         for port in itertools.islice(ports, 1000):
             try:
                 sock.bind((source, port))
@@ -391,6 +391,17 @@ class NoFamily(Exception):  # noqa: N818  # it ends nothing: the other family li
 
 def family_of(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+
+
+def ports_from_now_on() -> list[int]:
+    """All ports for clients, ten further on each second.
+
+    Where the hosts live longer than this process, as they do in virtual machines, its successor must not begin with the
+    ports of connections that the node still remembers.
+    """
+    ports = range(*_PORTS)
+    start = int(time.time() * 10) % len(ports)
+    return [*ports[start:], *ports[:start]]
 
 
 def answer_from_any_address(sock: socket.socket, family: socket.AddressFamily) -> None:

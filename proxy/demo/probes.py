@@ -90,8 +90,10 @@ class _Reply(msgspec.Struct):
 class Probes:
     """The process of the hosts.  Its methods block until it has answered."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
-        command = [sys.executable, "-I", "-S", hosts.__file__, *(f"{name}={path}" for name, path in paths.items())]
+    def __init__(
+        self, paths: Mapping[str, Path], program: Sequence[str] = (sys.executable, "-I", "-S", hosts.__file__)
+    ) -> None:
+        command = [*program, *(f"{name}={path}" for name, path in paths.items())]
         # A session of its own: ^C at the terminal is for the parent, whose end ends the input and with it the process.
         self._process = subprocess.Popen(  # noqa: S603  # our own script
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True

@@ -18,6 +18,7 @@ import msgspec
 
 from proxy.agent_socket import TableHead, TablePart, network_namespace
 from proxy.config.settings import Settings
+from proxy.counting import Counters, Off
 from proxy.desired import Desired
 from proxy.objects import Key
 from proxy.report import Contested, EndpointReport, FamilyReport, SourceReport, Status, Trouble, Unselected, Unserved
@@ -52,7 +53,9 @@ class Answers:
         syncs: Sequence[FamilySync],
         health: ProxyHealth,
         unserved: Sequence[Unserved] = (),
+        counters: Counters | None = None,
     ) -> None:
+        self._counters = counters or Off()
         self._settings = settings
         self._unserved = tuple(unserved)
         self._node_name = node_name
@@ -68,11 +71,15 @@ class Answers:
         """The configuration is another one."""
         self._settings = settings
 
+    def families(self) -> tuple[FamilyReport, ...]:
+        """How each family is."""
+        return tuple(self._family(sync) for sync in self._syncs.values())
+
     def answer(self, verb: str, arguments: dict[str, str]) -> Answer:
         """The answer to a request; iterating over it may raise RefusedError."""
         match verb:
-            case "status":
-                return self._status()
+            case "status" | "troubles" | "counters":
+                return {"status": self._status, "troubles": self._troubles, "counters": self._count}[verb]()
             case "table":
                 return self._table(_family(arguments))
             case "serving":
@@ -81,8 +88,6 @@ class Answers:
                 return self._decisions(_service(arguments))
             case "objects":
                 return self._objects(_service(arguments) if arguments.get("service") else None)
-            case "troubles":
-                return self._troubles()
             case _:
                 raise RefusedError(f"there is no verb {verb[:50]!r}")
 
@@ -163,6 +168,12 @@ class Answers:
     async def _troubles(self) -> AsyncGenerator[tuple[str, Any], None]:
         yield "result", self._trouble_list()
 
+    async def _count(self) -> AsyncGenerator[tuple[str, Any], None]:
+        for rows in _pieces(self._counters.rows()):
+            yield "part", rows
+            await asyncio.sleep(0)
+        yield "result", self._counters.report()
+
     def _trouble_list(self) -> tuple[Trouble, ...]:
         return tuple(
             Trouble(origin=origin, subject=subject, reason=reason)
@@ -186,7 +197,7 @@ class Answers:
                 drift_policy=settings.drift_policy,
                 synced=state.synced,
                 source=SourceReport(description=self._source.description, followed=tuple(self._source.followed())),
-                families=tuple(self._family(sync) for sync in self._syncs.values()),
+                families=self.families(),
                 services=known.services,
                 slices=known.slices,
                 pending_changes=known.service_changes_pending + known.endpoint_changes_pending,

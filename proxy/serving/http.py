@@ -10,6 +10,7 @@ sync or the answer to an honest probe.  Whoever is to be served takes his turn:
 * Connections are taken in turns, and after each the server rests for `REST` times as long as it took.  So all
   sockets of one `Server` together get at most a fifth of the event loop's time; what is offered beyond that waits in
   the kernel's backlog, which costs the agent nothing.
+* While a sync is at work a turn waits for it, for `GIVE_WAY` at most: probes bear that, changes of rules need not.
 * The kernel hands a connection over when its request has come (TCP_DEFER_ACCEPT).  Then it is served at once, by one
   read and one write: no task, no transport, some 30 µs.
 * A request that comes in pieces, or an answer that nobody takes, is looked at again every `TICK`, however much is sent
@@ -43,6 +44,10 @@ SLICE = 0.0005
 """Seconds after which a turn takes no further one."""
 REST = 4.0
 """How many times as long as a turn the server rests after it."""
+GIVE_WAY = 0.005
+"""Seconds for which a turn waits, at most, for who comes first."""
+GLANCE = 0.001
+"""Seconds between two looks whether he has finished."""
 TICK = 0.02
 """Seconds between two looks at unfinished connections."""
 LINGER = 1.0
@@ -85,6 +90,7 @@ class Server:
         *,
         connections: int = CONNECTIONS,
         deadline: float = DEADLINE,
+        busy: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A server without sockets yet; see the head of this module.
@@ -92,8 +98,12 @@ class Server:
         Args:
             connections: how many may be unfinished at a time.
             deadline: seconds for which one may be.
+            busy: whether something is at work on the event loop that comes first.
             clock: monotonic seconds.
         """
+        self._busy = busy
+        self._gave_way = 0.0
+        """Since when a turn waits, by the clock; 0: none does."""
         self._limit = connections
         self._patience = deadline
         self._clock = clock
@@ -107,6 +117,8 @@ class Server:
         """Connections that were taken."""
         self.dropped = 0
         """Connections that were ended without an answer."""
+        self.seconds = 0.0
+        """Seconds of the event loop that all this took."""
 
     def listen(self, sock: socket.socket, handler: Handler, *, body_bytes: int = 0) -> Listener:
         """Serve a bound socket, which belongs to the result from now on, until that is closed.
@@ -139,6 +151,9 @@ class Server:
 
     def _turn(self) -> None:
         self._resting = None
+        if self._queue and self._gives_way():
+            self._resting = asyncio.get_running_loop().call_later(GLANCE, self._turn)
+            return
         while self._queue:
             listener = self._queue.popleft()
             if listener.closed:
@@ -146,6 +161,7 @@ class Server:
             start = self._clock()
             pause = self._take(listener, start + SLICE)
             spent = self._clock() - start
+            self.seconds += spent
             loop = asyncio.get_running_loop()
             if pause:
                 loop.call_later(pause, listener.resume)
@@ -153,6 +169,15 @@ class Server:
                 listener.resume()
             self._resting = loop.call_later(spent * REST, self._turn)
             return
+
+    def _gives_way(self) -> bool:
+        """Whether a turn waits for who comes first; it does not wait again before it has been had."""
+        now = self._clock()
+        if not self._busy() or (self._gave_way and now - self._gave_way >= GIVE_WAY):
+            self._gave_way = 0.0
+            return False
+        self._gave_way = self._gave_way or now
+        return True
 
     def _take(self, listener: Listener, until: float) -> float:
         """Take some connections; seconds to leave the socket alone, where that failed."""
@@ -195,6 +220,7 @@ class Server:
             elif now >= connection.deadline and connection.answer is None:
                 self._end(connection)
                 self.dropped += not connection.draining
+        self.seconds += self._clock() - now
         if self._unfinished and self._ticking is None:
             self._ticking = asyncio.get_running_loop().call_later(TICK, self._tick)
 

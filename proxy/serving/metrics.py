@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from proxy.serving import protobuf
 from proxy.serving.http import Server
+from proxy.serving.native import NativeHistogram
 from proxy.state import Statistics
 from rules.dataplane import Applied
 from rules.forwarding import Family
@@ -33,22 +35,27 @@ _NO_ANSWER = "<error>"
 class Metrics:
     """Everything that is counted, by those who see it happen."""
 
-    def __init__(self, mode: str, version: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, mode: str, version: str, *, native: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
         """Of an agent whose dataplane is `mode`.
 
         Args:
             mode: the dataplane's name; it decides which metrics exist.
             version: Sluice's.
+            native: whether kube-proxy's histograms are native ones too (MET-32).
             clock: seconds since the epoch.
         """
         # kube-proxy has no _created series; the library's only switch for them is the process's.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._clock = clock
+        self._native: dict[str, NativeHistogram] | None = {} if native else None
+        """By name."""
         self._registry = CollectorRegistry()
         self._slis = CollectorRegistry()
         self._statistics: Callable[[], Statistics] | None = None
         self._http: Server | None = None
-        self._seen: dict[Counter, int] = {}
+        self._seen: dict[Counter, float] = {}
         """Of counters that follow a total, how much of it they hold."""
         self._kube_proxy_metrics(mode)
         self._own_metrics(mode, version)
@@ -65,7 +72,11 @@ class Metrics:
         registry = self._registry
 
         def histogram(name: str, text: str, buckets: Sequence[float] = _SYNC_BUCKETS) -> Histogram:
-            return Histogram(_PREFIX + name, text, _FAMILY, registry=registry, buckets=buckets)
+            if self._native is None:
+                return Histogram(_PREFIX + name, text, _FAMILY, registry=registry, buckets=buckets)
+            made = NativeHistogram(_PREFIX + name, text, _FAMILY, registry=registry, buckets=buckets)
+            self._native[_PREFIX + name] = made
+            return made
 
         def gauge(name: str, text: str, labels: Sequence[str] = _FAMILY) -> Gauge:
             return Gauge(_PREFIX + name, text, labels, registry=registry)
@@ -95,6 +106,7 @@ class Metrics:
         self._service_total = counter("sync_proxy_rules_service_changes", "Changes of Services seen", ())  # MET-9
         self._restore_failures: list[Counter] = []
         self._rules: dict[str, Gauge] = {}
+        self._packets: list[Counter] = []
         if mode in {"iptables", "ipvs"}:
             self._restore_failures.append(
                 counter("sync_proxy_rules_iptables_restore_failures", "Restores that iptables refused")
@@ -106,6 +118,14 @@ class Metrics:
                     "Restores of changes alone that iptables refused",
                 )
             )  # MET-13
+            self._packets = [
+                counter(
+                    "iptables_ct_state_invalid_dropped_packets", "Forwarded packets that were dropped as invalid", ()
+                ),
+                counter(
+                    "iptables_localhost_nodeports_accepted_packets", "Connections to node ports at 127.0.0.0/8", ()
+                ),
+            ]  # MET-10, MET-11
             by_table = ("table", *_FAMILY)
             self._rules = {
                 "total": gauge("sync_proxy_rules_iptables_total", "Rules of ours in iptables", by_table),  # MET-14
@@ -170,6 +190,7 @@ class Metrics:
         self._events = counter("events", "Events by what became of them", ("outcome",))
         self._connections = counter("http_connections", "Connections that the HTTP servers have taken")
         self._dropped = counter("http_dropped_connections", "Those of them that were ended without an answer")
+        self._http_seconds = counter("http_seconds", "Seconds of the event loop that they took")
         gauge("info", "Version and dataplane", ("version", "dataplane")).labels(version, mode).set(1)
 
     def register(self, collector: Collector) -> None:
@@ -214,6 +235,11 @@ class Metrics:
         for each in (*self._nftables_failures[:1], *self._restore_failures[:1]):
             each.labels(family.label).inc()
 
+    def packets(self, invalid: int, loopback: int) -> None:
+        """So many more packets were dropped as invalid, and let in to node ports at loopback (MET-10, MET-11)."""
+        for each, count in zip(self._packets, (invalid, loopback), strict=False):
+            each.inc(count)
+
     def cleanup_failed(self, family: Family) -> None:
         """What another mode had left could not be removed (MET-17)."""
         for each in self._nftables_failures[1:]:
@@ -253,7 +279,7 @@ class Metrics:
         self._slices.set(found.slices)
         self._troubles.set(found.troubles)
 
-    def _advance(self, counter: Counter, total: int) -> None:
+    def _advance(self, counter: Counter, total: float) -> None:
         counter.inc(total - self._seen.get(counter, 0))
         self._seen[counter] = total
 
@@ -295,12 +321,23 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
+        self._ask_all()
+        return generate_latest(self._registry)
+
+    def exposition_for(self, accept: str) -> tuple[str, bytes]:
+        """Everything in the form that a scraper asks for by its Accept field, and what that form is called."""
+        if self._native is None or not protobuf.is_asked_for(accept):
+            return CONTENT_TYPE, self.exposition()
+        self._ask_all()
+        return protobuf.CONTENT_TYPE, protobuf.exposition(self._registry.collect(), self._native)
+
+    def _ask_all(self) -> None:
         if self._statistics is not None:
             self._ask(self._statistics())
         if self._http is not None:
             self._advance(self._connections, self._http.accepted)
             self._advance(self._dropped, self._http.dropped)
-        return generate_latest(self._registry)
+            self._advance(self._http_seconds, self._http.seconds)
 
     def slis(self) -> bytes:
         """What is served as /metrics/slis (HTTP-1)."""

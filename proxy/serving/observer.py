@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from proxy.serving.health import ProxyHealth
 from proxy.serving.metrics import Metrics
 from rules.dataplane import Applied
@@ -9,11 +11,17 @@ from rules.forwarding import Family
 
 
 class Observer:
-    """Hands every report on to both."""
+    """Hands every report on to both, and what succeeded to whoever waits for its effects."""
 
-    def __init__(self, health: ProxyHealth, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        health: ProxyHealth,
+        metrics: Metrics,
+        on_success: Callable[[Family, Applied], None] = lambda _family, _applied: None,
+    ) -> None:
         self._health = health
         self._metrics = metrics
+        self._on_success = on_success
 
     def queued(self, family: Family) -> None:
         """A sync was requested (SYN-2)."""
@@ -29,6 +37,7 @@ class Observer:
         """A sync was applied."""
         self._health.updated(family)
         self._metrics.sync_done(family, seconds, applied)
+        self._on_success(family, applied)
 
     def drifted(self, family: Family, differences: int, *, repaired: bool) -> None:
         """The kernel was read, and held so many things otherwise than they were written."""

@@ -7,6 +7,7 @@ CFG-55).
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import sys
 import time
@@ -25,6 +26,8 @@ from proxy.serving.metrics import CONTENT_TYPE, Metrics
 RETRY = 5.0
 """Seconds between attempts to listen."""
 VERBOSITY = "/debug/flags/v"
+PAGE = "/debug/services"
+"""Where the page about Services is, if there is one (`proxy.serving.debug_services`)."""
 
 _BODY_BYTES = 64
 """As much as a new verbosity may have."""
@@ -52,6 +55,7 @@ async def serve(
     version: str = "",
     server: Server | None = None,
     configz: Callable[[], Mapping[str, Any]] | None = None,
+    page: Handler | None = None,
     listening: Listening = lambda _name, _address: None,
     failed: Callable[[str, str], Awaitable[None]] | None = None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -65,6 +69,7 @@ async def serve(
         proxy_mode: what /proxyMode says.
         version: Sluice's.
         configz: the configuration of now, if it changes; else that of the settings.
+        page: answers what is below `PAGE` on the metrics server.
         server: who serves their sockets, within its budget of time.
         listening: told the name of a server (`health`, `metrics`) and where it listens, once it does.
         failed: told the name of a server for which the agent is about to end, and why.
@@ -79,7 +84,7 @@ async def serve(
         (
             "metrics",
             settings.metrics_bind_address,
-            MetricsPages(settings, metrics, proxy_mode, version, configz).answer,
+            MetricsPages(settings, metrics, proxy_mode, version, configz, page=page).answer,
         ),
     )
     try:
@@ -107,6 +112,8 @@ class _Serving:
         self._name = name
         self._address = address
         self._hard_fail = hard_fail
+        self._told = ""
+        """Why it could not listen the last time."""
 
     async def run(self, handler: Handler, listening: Listening, sleep: Callable[[float], Awaitable[None]]) -> None:
         while True:
@@ -119,14 +126,31 @@ class _Serving:
                 listening(self._name, address)
                 await asyncio.get_running_loop().create_future()
             except OSError as error:
-                reason = f"cannot serve {self._name} on {self._address}: {error.strerror or error}"
+                reason = f"cannot serve {self._name} on {self._address}: {_why(error, self._name)}"
                 if self._hard_fail:
                     raise BindError(reason, self._name) from None
-                _log.error("server", server=self._name, reason=reason, retry=f"{RETRY:g}s")
+                tell = _log.debug if reason == self._told else _log.error
+                tell("not served", server=self._name, reason=reason, retry=f"{RETRY:g}s")
+                self._told = reason
             finally:
                 if listener is not None:
                     listener.close()
             await sleep(RETRY)
+
+
+def _why(error: OSError, name: str) -> str:
+    """Why nobody can be served, and what to do."""
+    setting = "metricsBindAddress" if name == "metrics" else "healthzBindAddress"
+    reason = error.strerror or str(error)
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"{reason}: end what listens there (ss -ltnp shows it), or set another {setting}"
+        case errno.EADDRNOTAVAIL:
+            return f"{reason}: the node has no such address, set another {setting}"
+        case errno.EACCES:
+            return f"{reason}: a port below 1024 takes CAP_NET_BIND_SERVICE, set another {setting}"
+        case _:
+            return reason
 
 
 def health_handler(health: ProxyHealth, metrics: Metrics) -> Handler:
@@ -157,15 +181,18 @@ class MetricsPages:
         proxy_mode: str,
         version: str,
         configz: Callable[[], Mapping[str, Any]] | None = None,
+        *,
+        page: Handler | None = None,
     ) -> None:
+        self._page = page
         self._settings = settings
         self._metrics = metrics
         self._version = version
         self._started = time.time()
         self._configz_now = configz or (lambda: settings.configz)
         self._pages: dict[str, Callable[[Request], Response]] = {
-            "/metrics": lambda _: _exposed(metrics.exposition()),
-            "/metrics/slis": lambda _: _exposed(metrics.slis()),
+            "/metrics": lambda request: _exposed(*metrics.exposition_for(request.header("Accept"))),
+            "/metrics/slis": lambda _: _exposed(CONTENT_TYPE, metrics.slis()),
             "/healthz": self._healthz,
             "/healthz/ping": self._healthz,
             "/proxyMode": lambda _: text(proxy_mode),
@@ -183,6 +210,8 @@ class MetricsPages:
         page = self._pages.get(request.path)
         if page is not None:
             return page(request)
+        if self._page is not None and request.path.startswith(PAGE):
+            return self._page(request)
         if self._profiles is not None:
             if request.path.startswith(profiles.PREFIX):
                 return self._profiles.answer(request)
@@ -199,7 +228,7 @@ class MetricsPages:
         return text("ok")
 
     def _statusz(self, request: Request) -> Response:
-        paths = [*self._pages, *([profiles.PREFIX] if self._profiles else [])]
+        paths = [*self._pages, *([profiles.PREFIX] if self._profiles else []), *([PAGE] if self._page else [])]
         return pages.statusz(request, version=self._version, started=self._started, now=time.time(), paths=paths)
 
     def _set_verbosity(self, request: Request) -> Response:
@@ -217,5 +246,5 @@ def _probed(answer: Answer) -> Response:
     return json_response(answer.body, answer.status)
 
 
-def _exposed(body: bytes) -> Response:
-    return Response(200, body, (("Content-Type", CONTENT_TYPE),))
+def _exposed(form: str, body: bytes) -> Response:
+    return Response(200, body, (("Content-Type", form),))

@@ -33,6 +33,8 @@ from proxy.report import Followed
 from proxy.sources.base import AT_A_TIME, Resource, Sink, prepare
 from proxy.sources.credentials import Credentials, Keyring, load, read
 from proxy.sources.credentials_reading import SERVICE_ACCOUNT, Reading
+from proxy.sources.failing import Failing
+from proxy.sources.pace import Pace
 from proxy.sources.progress import Progress, Settings, Statistics, Timing
 from proxy.sources.reflector import Event, Listed, NotServed, Reflector, Target
 from proxy.sources.transport import ApiError, Client, OnAnswer
@@ -78,14 +80,17 @@ class ApiServer:
         settings: Settings = Settings(),  # noqa: B008 - frozen
         timing: Timing = Timing(),  # noqa: B008 - likewise
         user_agent: str = "sluice",
+        pace: Pace | None = None,
     ) -> None:
-        self._client = Client(keyring, user_agent=user_agent)
+        self._client = Client(keyring, user_agent=user_agent, pace=pace)
         self._keyring = keyring
         self._targets = targets(node_name)
         self._settings = settings
         self._timing = timing
+        failing = Failing(lambda: self.description)
         self._progress = {
-            resource: Progress(resource, settings, timing, on_change=self._keys_changed) for resource in self._targets
+            resource: Progress(resource, settings, timing, on_change=self._keys_changed, failing=failing)
+            for resource in self._targets
         }
         self._sink: Sink | None = None
 
@@ -99,10 +104,12 @@ class ApiServer:
         settings: Settings = Settings(),  # noqa: B008 - frozen
         service_account: str = SERVICE_ACCOUNT,
         reading: Reading | None = None,
+        pace: Pace | None = None,
     ) -> Self:
         """A source with the credentials of a kubeconfig, or of the pod when both names are empty (CFG-15).
 
-        The server need not be there yet.  `reading` is a child that reads these credentials already.
+        The server need not be there yet.  `reading` is a child that reads these credentials already; `pace` is how
+        often the server may be asked.
 
         Raises:
             CredentialsError: there are no usable credentials; one line says why and what to do.
@@ -112,7 +119,7 @@ class ApiServer:
             return await load(kubeconfig, master, service_account=service_account)
 
         first = await (again() if reading is None else read(reading, kubeconfig))
-        return cls(Keyring(first, again), node_name, settings=settings)
+        return cls(Keyring(first, again), node_name, settings=settings, pace=pace)
 
     @property
     def description(self) -> str:

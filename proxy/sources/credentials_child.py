@@ -122,7 +122,7 @@ def _parse(path: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).read_bytes())
     except OSError as error:
-        raise RefusedError(f"kubeconfig {path}: {error.strerror}") from None
+        raise RefusedError(f"kubeconfig {path}: {error.strerror}: give one that this user can read") from None
     except yaml.MarkedYAMLError as error:
         where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RefusedError(f"kubeconfig {path}: not valid YAML{where}") from None

@@ -16,6 +16,7 @@ import msgspec
 
 from proxy.logs import get_logger
 from proxy.sources.base import Resource
+from proxy.sources.failing import Failing, advice
 from proxy.sources.transport import ApiError
 from proxy.state import SECOND_LOOK
 
@@ -87,8 +88,10 @@ class Progress:
         settings: Settings,
         timing: Timing,
         on_change: Callable[[], None] = lambda: None,
+        failing: Failing | None = None,
     ) -> None:
         self.resource = resource
+        self._failing = failing or Failing()
         self.settings = settings
         self.timing = timing
         self._on_change = on_change
@@ -155,13 +158,15 @@ class Progress:
     def _recovered(self) -> None:
         self._heard = self.timing.clock()
         self._error = ""
+        self._failing.recovered(self.resource)
         self._on_change()
 
     async def pause(self, error: ApiError) -> None:
         """Wait after a failure: longer after each, up to `longest_delay`, and as long as the server asks for."""
         delay = max(self._next_delay(), error.retry_after)
-        level = "debug" if str(error) == self._error else "warning"
-        getattr(self._log, level)("lost", why=str(error), retry_in=round(delay, 1))
+        news = self._failing.is_news(self.resource, error)
+        tell = self._log.warning if news else self._log.debug
+        tell("lost", server=self._failing.server(), why=str(error), retry_in=round(delay, 1), do=advice(error))
         self._error = str(error)
         self._state = State.WAITING
         self._on_change()

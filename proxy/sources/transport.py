@@ -20,6 +20,7 @@ from typing import Self
 import aiohttp
 
 from proxy.sources.credentials import Credentials, CredentialsError, Keyring
+from proxy.sources.pace import Pace
 from proxy.sources.wire import Status, decode_status
 
 CONNECT_TIMEOUT = 10.0
@@ -60,6 +61,10 @@ class UnreachableError(ApiError):
     """There was no answer, or it broke off, or it is none that an API server gives."""
 
 
+class UntrustedError(UnreachableError):
+    """The server's certificate is not signed by who should have signed it, or is another server's."""
+
+
 class SilentError(UnreachableError):
     """The connection stands, and nothing has come for too long."""
 
@@ -71,8 +76,9 @@ class Client:
     with the credentials that it began with.
     """
 
-    def __init__(self, keyring: Keyring, *, user_agent: str = "sluice") -> None:
+    def __init__(self, keyring: Keyring, *, user_agent: str = "sluice", pace: Pace | None = None) -> None:
         self.keyring = keyring
+        self._pace = pace or Pace()
         self._user_agent = user_agent
         self._session: aiohttp.ClientSession | None = None
         self._tls: tuple[Credentials, ssl.SSLContext | None] | None = None
@@ -115,7 +121,7 @@ class Client:
             async with asyncio.timeout(patience):
                 response = await self._ask(path, {}, body)
         except (*FAILURES, CredentialsError) as error:
-            raise UnreachableError(_why(error)) from None
+            raise _unreachable(error) from None
         response.close()
 
     async def stream(
@@ -140,7 +146,7 @@ class Client:
             async with asyncio.timeout(answer):
                 response = await self._ask(path, query)
         except (*FAILURES, CredentialsError) as error:
-            raise UnreachableError(_why(error)) from None
+            raise _unreachable(error) from None
         try:
             yield b""
             while chunk := await _read(response, silence()):
@@ -153,6 +159,8 @@ class Client:
 
         With a body it is asked to create an object.
         """
+        if "continue" not in query:  # the pages of a list count as one request
+            await self._pace.turn()
         credentials = await self.keyring.current()
         response = await self._send(credentials, path, query, body)
         if response.status == 401:
@@ -248,7 +256,12 @@ async def _read(response: aiohttp.ClientResponse, silence: float) -> bytes:
     except TimeoutError:
         raise SilentError(f"nothing heard for {silence:g} s") from None
     except FAILURES as error:
-        raise UnreachableError(_why(error)) from None
+        raise _unreachable(error) from None
+
+
+def _unreachable(error: Exception) -> UnreachableError:
+    untrusted = isinstance(error, aiohttp.ClientConnectorCertificateError)
+    return (UntrustedError if untrusted else UnreachableError)(_why(error))
 
 
 def _why(error: Exception) -> str:

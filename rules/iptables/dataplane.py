@@ -22,6 +22,7 @@ from rules.forwarding import Delta, Family, ForwardingTable, Frontend, Route, ap
 from rules.iptables.decode import Reading, decode
 from rules.iptables.layout import Options
 from rules.iptables.model import Model
+from rules.iptables.packets import Packets, packets
 from rules.iptables.programs import (
     OPTIONAL,
     Backend,
@@ -91,7 +92,9 @@ class IptablesDataplane:
             missing = missing_features(self._programs)
         except UnavailableError:
             raise
-        except DataplaneError:
+        except DataplaneError as error:
+            if why := self._programs.lacking(error):
+                raise why from None
             return  # the first sync says what is wrong
         if needed := missing - OPTIONAL:
             raise UnavailableError(
@@ -331,8 +334,15 @@ class IptablesDataplane:
         """Remove our chains and jumps; see `rules.dataplane.Dataplane`."""
         self._model = None
         # Where both kinds of programs are, an earlier run may have used the other one.
-        removed = [_remove(each) for each in available(self._family).values()]
-        return any(removed)
+        return _remove_all(available(self._family).values())
+
+    def packets(self) -> Packets:
+        """What the rules have counted since they were written.
+
+        Raises:
+            DataplaneError: it could not be read.
+        """
+        return packets(self._programs)
 
     def remove_other(self) -> bool:
         """Remove what the other kind of programs holds of ours, from before a change of kinds; whether there was any.
@@ -340,9 +350,7 @@ class IptablesDataplane:
         Raises:
             DataplaneError: it could not be removed.
         """
-        others = [each for each in available(self._family).values() if each.backend != self.backend]
-        removed = [_remove(each) for each in others]
-        return any(removed)
+        return _remove_all(each for each in available(self._family).values() if each.backend != self.backend)
 
     def close(self) -> None:
         """End what watches; the rules stay."""
@@ -350,6 +358,24 @@ class IptablesDataplane:
             if self._signature is not None:
                 self._signature.close()
                 self._signature = None
+
+
+def _remove_all(kinds: Iterable[Programs]) -> bool:
+    """Remove what is ours of these kinds of programs; whether there was anything.
+
+    Raises:
+        UnavailableError: this kernel, or this process, can do with none of them.
+    """
+    removed = []
+    lacking = None
+    for programs in kinds:
+        try:
+            removed.append(_remove(programs))
+        except UnavailableError as error:
+            lacking = error
+    if lacking is not None and not removed:
+        raise lacking
+    return any(removed)
 
 
 def _remove(programs: Programs) -> bool:

@@ -103,6 +103,10 @@ _NEW = "-m conntrack --ctstate NEW"
 # A connection to a backend may go to a port that is a refused node port: what is translated is never refused.
 _UNTRANSLATED = f"{_NEW} -m conntrack ! --ctstate DNAT"
 _LOOPBACK = {Family.IPV4: "127.0.0.0/8", Family.IPV6: "::1/128"}
+DROP_INVALID = "-m conntrack --ctstate INVALID -j DROP"
+"""Drops what connection tracking can make nothing of, and counts it (MET-10)."""
+COUNT_LOOPBACK = f"-m conntrack --ctstate NEW -m conntrack --ctstate DNAT --ctorigdst {_LOOPBACK[Family.IPV4]}"
+"""Counts new connections to node ports at loopback addresses, and does nothing else (MET-11)."""
 _REJECT = {
     Family.IPV4: "-j REJECT --reject-with icmp-port-unreachable",
     Family.IPV6: "-j REJECT --reject-with icmp6-port-unreachable",
@@ -199,9 +203,10 @@ def _nat(facts: NodeFacts, family: Family, options: Options) -> dict[str, list[s
 
 def _filter(facts: NodeFacts, family: Family, options: Options) -> dict[str, list[str]]:
     refuse = {Refusal.REJECT: _REJECT[family], Refusal.DROP: "-j DROP"}
-    guard = []
+    guard, counted = [], []
     if facts.loopback_node_ports and family is Family.IPV4:
         loopback = _LOOPBACK[family]
+        counted = [COUNT_LOOPBACK]
         guard = [f"! -s {loopback} -d {loopback} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"]
     return {
         INPUT: [
@@ -211,13 +216,13 @@ def _filter(facts: NodeFacts, family: Family, options: Options) -> dict[str, lis
             f"{_UNTRANSLATED} -j {REFUSE_NODE_PORTS}",
         ],
         FORWARD: [
-            *(["-m conntrack --ctstate INVALID -j DROP"] if options.drop_invalid else []),
+            *([DROP_INVALID] if options.drop_invalid else []),
             "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
             f"{_UNTRANSLATED} -j {REFUSALS}",
             f"{_UNTRANSLATED} -j {REFUSE_CLUSTER_IPS}",
             f"-m mark --mark {facts.mark:#x}/{facts.mark:#x} -j ACCEPT",
         ],
-        OUTPUT: [f"-j {GUARD}", f"{_UNTRANSLATED} -j {REFUSALS}", f"{_UNTRANSLATED} -j {REFUSE_CLUSTER_IPS}"],
+        OUTPUT: [*counted, f"-j {GUARD}", f"{_UNTRANSLATED} -j {REFUSALS}", f"{_UNTRANSLATED} -j {REFUSE_CLUSTER_IPS}"],
         GUARD: guard,
         REFUSE_NODE_PORTS: _node_port_gate(facts, family, NODE_PORT_REFUSALS),
         REFUSE_CLUSTER_IPS: _refuse_cluster_ips(facts),

@@ -35,6 +35,7 @@ _LOCK = "/run/xtables.lock"
 _BUSY = re.compile(
     r"xtables lock|Resource temporarily unavailable|Out of memory|memory|Permission denied|not permitted"
 )
+_LACKING = re.compile(r"initiali[sz]e|must be root|Protocol not supported|do you need to insmod", re.IGNORECASE)
 _HINTS = (":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY ")
 
 
@@ -63,12 +64,33 @@ class Programs(NamedTuple):
         """All rules of the family that the kernel holds; it leaves everything as it is.
 
         Raises:
+            UnavailableError: the kernel has none for these programs, or not for this process.
             DataplaneError: they cannot be read.
         """
         done = _run([self.save])
         if done.returncode:
-            raise DataplaneError(f"{self.save} failed: {_reason(done)}")
+            error = DataplaneError(f"{self.save} failed: {_reason(done)}")
+            raise self.lacking(error) or error
         return done.stdout.decode(errors="replace")
+
+    def listed(self, chain: str) -> str:
+        """The rules of one chain of the filter table, each with its counters; none where there is no such chain.
+
+        Raises:
+            DataplaneError: they cannot be read.
+        """
+        done = _run([self.save.removesuffix("-save"), "-w", str(LOCK_WAIT), "-t", "filter", "-v", "-S", chain])
+        return "" if done.returncode else done.stdout.decode(errors="replace")
+
+    def lacking(self, error: DataplaneError) -> UnavailableError | None:
+        """What it means that the programs failed, where it means that they never will do anything here."""
+        if not _LACKING.search(str(error)):
+            return None
+        modules = "nf_tables" if self.backend == "nft" else "ip_tables, ip6_tables"
+        return UnavailableError(
+            f"iptables-{self.backend} is not available on this host: give the process CAP_NET_ADMIN and CAP_NET_RAW, "
+            f"or load the kernel's modules ({modules}): {error}"
+        )
 
     def apply(self, text: str) -> str:
         """Have iptables-restore make the changes of `text`, one transaction per table; others' rules stay.
@@ -127,10 +149,14 @@ def choose(family: Family, backend: Backend | None = None) -> Programs:
 
 
 def detect(found: Mapping[Backend, Programs], family: Family, environment: Mapping[str, str] = os.environ) -> Backend:
-    """Which of several kinds this node uses, by where rules are: ours, kubelet's hints, kube-proxy's, or most."""
+    """Which of several kinds this node uses, by where rules are: ours, kubelet's hints, kube-proxy's, or most.
+
+    Raises:
+        UnavailableError: this kernel can do with none of them.
+    """
     if len(found) == 1:
         return next(iter(found))
-    held = {backend: found[backend].saved() for backend in BACKENDS if backend in found}
+    held = dict(_held(found.values()))
     for marks in ((f":{PREFIX}",), _HINTS, (":KUBE-",)):
         for backend, text in held.items():
             if any(mark in text for mark in marks):
@@ -140,7 +166,7 @@ def detect(found: Mapping[Backend, Programs], family: Family, environment: Mappi
         return max(counts, key=lambda backend: counts[backend])
     default = _which(f"{_NAMES[family]}-restore", environment)
     chosen = _kind(default) if default else BACKENDS[0]
-    return chosen if chosen in found else next(iter(found))
+    return chosen if chosen in held else next(iter(held))
 
 
 FEATURES = {
@@ -160,6 +186,22 @@ FEATURES = {
 OPTIONAL = frozenset({"recent", "comment", "random-fully", "sctp"})
 """What a node can do without, with a loss."""
 _PROBE = f"{PREFIX}PROBE"
+
+
+def _held(programs: Iterable[Programs]) -> Iterator[tuple[Backend, str]]:
+    """The rules of each kind that this kernel can do with.
+
+    Raises:
+        UnavailableError: it can do with none.
+    """
+    lacking = []
+    for each in programs:
+        try:
+            yield each.backend, each.saved()
+        except UnavailableError as error:
+            lacking.append(str(error))
+    if len(lacking) == len(BACKENDS):
+        raise UnavailableError("; ".join(lacking))
 
 
 def missing_features(programs: Programs) -> frozenset[str]:

@@ -13,9 +13,12 @@ from typing import NamedTuple
 from rules.iptables.spelling import respell
 
 PREFIX = "SLUICE-"
-"""Chains whose names begin so are ours, and no others."""
+"""Chains whose names begin so are ours, and no others; save those of mode ipvs."""
+IPVS_PREFIX = f"{PREFIX}IPVS-"
+"""Of mode ipvs: its dataplane's, which reads and writes them by the same means."""
 NAT = "nat"
 FILTER = "filter"
+MANGLE = "mangle"
 TABLES = (FILTER, NAT)
 """The tables that we write, in the order in which they are committed, which is kube-proxy's.  Rules of the filter table
 see only what was not translated: they may stand before their time."""
@@ -23,7 +26,6 @@ see only what was not translated: they may stand before their time."""
 _MAX_COMMENT = 255
 _COMMENT = re.compile(r' -m comment --comment (?:"((?:[^"\\]|\\.)*)"|(\S*))')
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
-_JUMP = re.compile(rf" -[jg] {PREFIX}")
 
 
 class TextError(Exception):
@@ -89,13 +91,21 @@ def split_comment(text: str) -> tuple[str, str]:
     return (spaced[: found.start()] + spaced[found.end() :])[1:], comment
 
 
-def parse(text: str) -> Saved:
+def parse(text: str, prefix: str = PREFIX, tables: Iterable[str] = TABLES) -> Saved:
     """What is ours in the output of iptables-save; foreign chains and rules are passed over.
+
+    Args:
+        text: the output.
+        prefix: how the names of our chains begin, `PREFIX` or `IPVS_PREFIX`.
+        tables: where they are.
 
     Raises:
         TextError: a line of ours makes no sense, or the output ends within a table.
     """
-    chains: dict[str, dict[str, list[Rule]]] = {table: {} for table in TABLES}
+    own = re.escape(prefix) + (f"(?!{IPVS_PREFIX.removeprefix(PREFIX)})" if prefix == PREFIX else "")
+    declared, ruled = re.compile(f":({own}\\S*)"), re.compile(f"-A ({own}\\S*) (.*)")
+    jump = re.compile(f"-A (\\S+) (.*-[jg] {own}.*)")
+    chains: dict[str, dict[str, list[Rule]]] = {table: {} for table in tables}
     jumps: list[Jump] = []
     table = ""
     for number, line in enumerate(text.split("\n"), start=1):
@@ -105,16 +115,14 @@ def parse(text: str) -> Saved:
             table = ""
         elif table not in chains:
             continue
-        elif line.startswith(f":{PREFIX}"):
-            chains[table].setdefault(line[1:].partition(" ")[0], [])
-        elif line.startswith(f"-A {PREFIX}"):
-            name, _, rest = line[3:].partition(" ")
-            if name not in chains[table]:
-                raise TextError(f"line {number}: a rule of {name}, which was not declared")
-            chains[table][name].append(parse_rule(rest))
-        elif line.startswith("-A ") and _JUMP.search(line):
-            name, _, rest = line[3:].partition(" ")
-            jumps.append(Jump(table, name, parse_rule(rest)))
+        elif hit := declared.match(line):
+            chains[table].setdefault(hit[1], [])
+        elif hit := ruled.match(line):
+            if hit[1] not in chains[table]:
+                raise TextError(f"line {number}: a rule of {hit[1]}, which was not declared")
+            chains[table][hit[1]].append(parse_rule(hit[2]))
+        elif (hit := jump.match(line)) and not hit[1].startswith(PREFIX):
+            jumps.append(Jump(table, hit[1], parse_rule(hit[2])))
     if table:
         raise TextError(f"the table {table} has no end")
     return Saved(
@@ -126,7 +134,13 @@ Changes = Mapping[str, Mapping[str, Rules | None]]
 """What becomes of our chains, by table and name; None: they are to go."""
 
 
-def restore_lines(changes: Changes, *, jumps: Iterable[Jump] = (), stale_jumps: Iterable[Jump] = ()) -> Iterator[str]:
+def restore_lines(
+    changes: Changes,
+    *,
+    jumps: Iterable[Jump] = (),
+    stale_jumps: Iterable[Jump] = (),
+    tables: Iterable[str] = TABLES,
+) -> Iterator[str]:
     """The input of iptables-restore --noflush that makes these changes.
 
     Chains are declared in the order of their names: iptables-nft keeps them in a sorted list, and looks for the place
@@ -136,9 +150,10 @@ def restore_lines(changes: Changes, *, jumps: Iterable[Jump] = (), stale_jumps: 
         changes: chains to write or to remove.
         jumps: rules to put at the beginnings of chains that are not ours.
         stale_jumps: rules to take out of such chains.
+        tables: the tables in question, in the order in which they are committed.
     """
     added, stale = list(jumps), list(stale_jumps)
-    for table in TABLES:
+    for table in tables:
         chains = changes.get(table, {})
         new, old = [jump for jump in added if jump.table == table], [jump for jump in stale if jump.table == table]
         if not (chains or new or old):

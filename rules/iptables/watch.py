@@ -43,23 +43,24 @@ class Signature(Protocol):
     def close(self) -> None: ...
 
 
-def signature(family: Family, backend: Backend) -> Signature:
-    """Of the rules that the programs of a kind write, in the network namespace of the thread.
+def signature(family: Family, backend: Backend, tables: Sequence[str] = TABLES) -> Signature:
+    """Of the rules that the programs of a kind write into some tables, in the network namespace of the thread.
 
     Raises:
         OSError: the kernel refuses the socket.
     """
-    return _Legacy(family) if backend == "legacy" else _Nft(family)
+    return _Legacy(family, tables) if backend == "legacy" else _Nft(family)
 
 
 class _Legacy:
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, tables: Sequence[str]) -> None:
+        self._tables = tables
         self._socket = socket.socket(family.af, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
         self._level = socket.IPPROTO_IP if family is Family.IPV4 else socket.IPPROTO_IPV6
         self._library = ctypes.CDLL(None, use_errno=True)
 
     def take(self) -> Hashable:
-        return tuple(self._info(table) for table in TABLES)
+        return tuple(self._info(table) for table in self._tables)
 
     def _info(self, table: str) -> bytes:
         """What the kernel says of a table; empty if there is none."""

@@ -386,6 +386,7 @@ def _why_unavailable(error: OSError) -> str:
         return "nftables needs the capability CAP_NET_ADMIN: run sluice as root"
     if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EINVAL, errno.EOPNOTSUPP):
         return (
-            f"this kernel has no nftables over netlink (CONFIG_NF_TABLES, CONFIG_NETFILTER_NETLINK): {error.strerror}"
+            "this kernel has no nftables over netlink (CONFIG_NF_TABLES, CONFIG_NETFILTER_NETLINK): load nf_tables, or "
+            f"use another mode: {error.strerror}"
         )
     return f"nftables cannot be used: {error.strerror}"

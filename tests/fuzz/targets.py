@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +17,13 @@ from rules.foreign.gathering import ForeignError
 from rules.forwarding import Family
 from rules.iptables import decode as iptables_decode
 from rules.iptables import text as iptables_text
-from rules.netlink import conntrack
-from rules.netlink.attributes import DecodeError, messages
+from rules.iptables import trace as iptables_trace
+from rules.ipvs import messages as ipvs_messages
+from rules.netlink import conntrack, conntrack_events, ipset_messages
+from rules.netlink.attributes import DecodeError, message, messages
+from rules.netlink.counters import measure
 from rules.nftables import objects as nftables_objects
+from rules.nftables import trace as nftables_trace
 from rules.nftables.layout import TABLE
 from rules.nftables.messages import Element, add_elements, decode_elements
 from rules.nftables.userdata import parse_comment, parse_set_comment
@@ -84,11 +89,38 @@ def netlink_nftables(data: bytes) -> None:
 
 
 def netlink_conntrack(data: bytes) -> None:
-    """An entry of connection tracking."""
+    """An entry of connection tracking, listed or told as ended, with its counters."""
+    for decode in (conntrack.decode, conntrack.decode_event):
+        with contextlib.suppress(DecodeError):
+            flow = decode(data, 0, len(data))
+            if flow is not None:
+                measure(flow)
+                conntrack.delete_one_request(Family.IPV4 if len(flow.source) == 4 else Family.IPV6, flow)
+
+
+def netlink_ipvs(data: bytes) -> None:
+    """What kernels say of virtual and real servers, and of ipsets."""
+    decoders: tuple[Callable[[bytes], object], ...] = (
+        *(ipvs_messages.decode_server, ipvs_messages.decode_info, ipvs_messages.decode_timeouts),
+        *(functools.partial(ipvs_messages.decode_real, family) for family in Family),
+        *(lambda payload: ipset_messages.decode_set([payload]), ipset_messages.decode_size),
+        ipset_messages.refused_place,
+    )
+    for decode in decoders:
+        with contextlib.suppress(DecodeError):
+            decode(data)
+
+
+def netlink_traces(data: bytes) -> None:
+    """What kernels tell of traced packets and of new connections; a whole datagram never raises."""
+    for datagram in (data, *(message(kind, 0, data) for kind in (10 << 8 | 17, 4 << 8, 1 << 8))):
+        nftables_trace.decode_events(datagram)
+        iptables_trace.decode_lines(datagram)
+        conntrack_events.decode_passages(datagram)
+    chains = iptables_trace.chains_of(data.decode(errors="replace"))
     with contextlib.suppress(DecodeError):
-        flow = conntrack.decode(data, 0, len(data))
-        if flow is not None:
-            conntrack.delete_one_request(Family.IPV4 if len(flow.source) == 4 else Family.IPV6, flow)
+        if (line := iptables_trace.decode_line(data)) is not None:
+            iptables_trace.end_of(line, chains)
 
 
 def iptables_save(data: bytes) -> None:
@@ -109,7 +141,7 @@ TARGETS: Mapping[str, Callable[[bytes], None]] = {
     each.__name__: each
     for each in (
         *(api_objects, api_stream, manifest_json, manifest_yaml),
-        *(netlink_nftables, netlink_conntrack, iptables_save, foreign_rules),
+        *(netlink_nftables, netlink_conntrack, netlink_ipvs, netlink_traces, iptables_save, foreign_rules),
     )
 }
 
@@ -129,6 +161,9 @@ def seeds(name: str) -> list[bytes]:
         case "netlink_nftables":
             element = Element(b"\x0a\x60\0\1\x06\0\0\0\0\x50\0\0", b"\0\1\0\0", "ns/web:http")
             return [message[16:] for message in add_elements(Family.IPV4, TABLE, "frontends", [element])]
+        case "netlink_ipvs":
+            said = (_DATA / "ipvs" / "linux-6.1.txt").read_text().splitlines()
+            return [bytes.fromhex(line.split()[1]) for line in said if not line.startswith("#")]
         case _:
             return []
 

@@ -16,9 +16,12 @@ from typing import Any, Protocol
 
 import msgspec
 
+from proxy import agent_socket
 from proxy.demo.world import World
 from proxy.modes import open_dataplane
+from proxy.userspace.anyip import needed, read_routes
 from rules.dataplane import Capabilities
+from rules.diff import fit
 from rules.forwarding import Backend, Family, ForwardingTable, Frontend, parse_address
 from rules.forwarding import Protocol as Transport
 from tests.netns.patience import TIME_SCALE
@@ -142,6 +145,24 @@ class Agent:
 
             self._until(family, marked, f"the kernel never got publication {self._generation}")
 
+    def settle(self) -> None:
+        """Wait until addresses are the node's that should be, and no others: in userspace mode routes come later.
+
+        Those that a connection still uses go when it ends, so there must be none that stays open.
+        """
+        if self.mode != "userspace":
+            return
+        for family in self.families:
+            wanted, head = agent_socket.table(family, str(self.run_directory))
+            held = fit(wanted, head.capabilities)
+
+            def routed(_: object, held: ForwardingTable = held) -> bool:
+                routes = self.world.namespaces["node1"].inside(lambda: read_routes(held.family))
+                addresses = {frontend.address for frontend in held.routes}
+                return routes.ours == needed(addresses, held.node.service_cidrs, routes.others)
+
+            self._until(family, routed, "addresses that no Service has are the node's, or others are not")
+
     def expect_empty(self, objects: Iterable[Manifest]) -> None:
         """Publish objects that are no Services, and wait until nothing of any Service is left.
 
@@ -220,7 +241,7 @@ def _standard_config(mode: str) -> dict[str, Any]:
         "clusterCIDR": "10.244.0.0/16,fd00:244::/32",
         # Changes act at once (0s would mean the default), and the node's connection tracking limits stay as they are.
         # Modes without a section of their own go by that of iptables.
-        (mode if mode == "nftables" else "iptables"): {"minSyncPeriod": "1ms", "syncPeriod": "30s"},
+        (mode if mode in {"nftables", "ipvs"} else "iptables"): {"minSyncPeriod": "1ms", "syncPeriod": "30s"},
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     }
 

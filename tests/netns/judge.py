@@ -39,11 +39,12 @@ def first_round(case: Case) -> int:
     return FIRST if isinstance(case.expect, Answered) else 2
 
 
-def judge(case: Case, outcomes: Sequence[Outcome], *, relayed: bool = False) -> Judgement:
+def judge(case: Case, outcomes: Sequence[Outcome], *, relayed: bool = False, bound: bool = False) -> Judgement:
     """The outcomes of a case so far against its expectation.
 
     `relayed`: addresses of Services are the node's own, as they are in userspace mode.  Then its kernel refuses, from
     the very address and with a reset where that is due; whoever else might do so listens and would be heard.
+    `bound`: they are the node's own, and nothing else is so; as in mode ipvs.
     """
     if isinstance(case.expect, Answered):
         return _judge_answers(case, case.expect, outcomes)
@@ -54,8 +55,10 @@ def judge(case: Case, outcomes: Sequence[Outcome], *, relayed: bool = False) -> 
         elif how == "refused":
             # A refusal is the node's own; that of a closed port comes from the owner of the address.
             right = outcome.refused and plan.HOST_OF.get(outcome.sender) == "node1"
+            if relayed or bound:
+                right = right or (outcome.refused and outcome.sender == case.target.address)
             if relayed:
-                right = right or outcome.kind == "reset" or (outcome.refused and outcome.sender == case.target.address)
+                right = right or outcome.kind == "reset"
         else:
             loopback = ipaddress.ip_address(case.target.address).is_loopback
             owner = case.host if loopback else owner_of(case.target.address)

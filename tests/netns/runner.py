@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from proxy.demo.probes import Outcome, Probe, Server
 from proxy.demo.world import World
@@ -57,6 +57,7 @@ def run(scenario: Scenario, agent: Agent) -> None:
                 agent.wait()
             else:
                 agent.apply(objects.values())
+            agent.settle()
             wrong = probe_step(step, objects.values(), agent.world, agent.mode, agent.capabilities)
             wrong += explain_step(step, agent)
             assert not wrong, _report(f"{scenario.name}, step {number} {step.about}".rstrip(), wrong, agent)
@@ -69,11 +70,20 @@ def run(scenario: Scenario, agent: Agent) -> None:
 
 
 def probe_step(
-    step: Step, objects: Iterable[Manifest], world: World, mode: str, can: Capabilities = EVERYTHING
+    step: Step,
+    objects: Iterable[Manifest],
+    world: World,
+    mode: str,
+    can: Capabilities = EVERYTHING,
+    *,
+    connect: Callable[[World, list[Probe]], list[list[Outcome]]] | None = None,
 ) -> list[str]:
-    """What is not as expected among the probes of a step, in the objects that it leads to."""
+    """What is not as expected among the probes of a step, in the objects that it leads to.
+
+    `connect` makes connections in a world of another kind.
+    """
     wanted = [case for group in step.probes for case in cases(group, mode, can)]
-    relayed = not can.source_address
+    relayed, bound = not can.source_address, not can.unbound
     if not world.ipv6:
         wanted = [case for case in wanted if ":" not in case.target.address]
     world.probes.open([*backends(objects), *_owners(wanted, relayed=relayed)])
@@ -82,9 +92,9 @@ def probe_step(
     due = {number: first_round(case) for number, case in enumerate(wanted)}
     while due:
         probes = [_probe(wanted[number], count) for number, count in due.items()]
-        for number, found in zip(due, _connect(world, probes), strict=True):
+        for number, found in zip(due, (connect or _connect)(world, probes), strict=True):
             outcomes[number] += found
-        judgements = {number: judge(wanted[number], outcomes[number], relayed=relayed) for number in due}
+        judgements = {number: judge(wanted[number], outcomes[number], relayed=relayed, bound=bound) for number in due}
         wrong += [judgement.wrong for judgement in judgements.values() if judgement.wrong]
         due = {number: judgement.more for number, judgement in judgements.items() if judgement.more}
     return wrong

@@ -105,28 +105,33 @@ def probe_sctp(world: World, probe: Probe) -> list[Outcome]:
             tag = random.getrandbits(32) | 1  # zero is no tag
             port = probe.source_port or random.randrange(20000, 60000)
             attempts[tag] = (source, port)
-            chunk = SCTPChunkInit(init_tag=tag, a_rwnd=65536, n_out_streams=1, n_in_streams=1)
-            sender.sendto(bytes(SCTP(sport=port, dport=probe.port, tag=0) / chunk), (probe.address, 0))
+            sender.sendto(sctp_init(tag, port, probe.port), (probe.address, 0))
 
         deadline = began + probe.timeout
         while attempts and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
                 data, ancillary = key.fileobj.recvfrom(65536)  # type: ignore[union-attr]  # all of them are sockets
                 peer = ancillary[0].partition("%")[0]
-                outcome = _read_error(data, peer, v6, attempts) if key.fileobj is errors else None
+                outcome = read_error(data, peer, v6, attempts) if key.fileobj is errors else None
                 if key.data:
-                    outcome = _read_arrival(key.data, data, peer, v6, attempts)
+                    outcome = read_arrival(key.data, data, peer, v6, attempts)
                 if outcome:
-                    outcomes.append(_outcome(outcome, began))
+                    outcomes.append(outcome_of(outcome, began))
     silent = [Outcome(kind="silent", began=began, seconds=probe.timeout) for _ in attempts]
     return outcomes + silent
 
 
-def _outcome(fields: dict[str, Any], began: float) -> Outcome:
+def sctp_init(tag: int, source_port: int, port: int) -> bytes:
+    """A packet that asks for an association, without its IP header."""
+    chunk = SCTPChunkInit(init_tag=tag, a_rwnd=65536, n_out_streams=1, n_in_streams=1)
+    return bytes(SCTP(sport=source_port, dport=port, tag=0) / chunk)
+
+
+def outcome_of(fields: dict[str, Any], began: float) -> Outcome:
     return Outcome(began=began, seconds=time.monotonic() - began, **fields)
 
 
-def _read_arrival(
+def read_arrival(
     host: str, data: bytes, peer: str, v6: bool, attempts: dict[int, tuple[str, int]]
 ) -> dict[str, Any] | None:
     """An INIT that arrived at a host."""
@@ -148,7 +153,7 @@ def _read_arrival(
     }
 
 
-def _read_error(data: bytes, sender: str, v6: bool, attempts: dict[int, tuple[str, int]]) -> dict[str, Any] | None:
+def read_error(data: bytes, sender: str, v6: bool, attempts: dict[int, tuple[str, int]]) -> dict[str, Any] | None:
     """An ICMP error about one of the INITs."""
     if v6:
         if data[0] != 1:

@@ -6,13 +6,17 @@ It has a world of its own, as these tests flush rules and end agents.
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
 
 from proxy.demo.world import World
-from proxy.modes import IPTABLES
+from proxy.modes import IPTABLES, open_dataplane
 from rules.forwarding import Family
+from rules.iptables.dataplane import IptablesDataplane
+from rules.iptables.packets import Packets
 from rules.iptables.programs import BACKENDS, available
 from tests.netns.agent import Agent
 from tests.netns.asking import answering, dropped, eventually, get, said
@@ -125,6 +129,38 @@ def test_an_input_policy_that_drops_lets_health_checks_in(serving: Agent, own_wo
         assert "32000" not in said(own_world, f"iptables-{programs}-save")
     finally:
         said(own_world, f"iptables-{programs}", "-P", "INPUT", "ACCEPT")
+
+
+def test_met_10_11_what_is_dropped_as_invalid_and_what_is_let_in_at_loopback_is_counted(
+    serving: Agent, own_world: World
+) -> None:
+    """IPT-31."""
+    node = own_world.namespaces["node1"]
+
+    def counted() -> Packets:
+        def inside() -> Packets:
+            dataplane = open_dataplane("iptables", Family.IPV4)
+            assert isinstance(dataplane, IptablesDataplane)
+            return dataplane.packets()
+
+        return node.inside(inside)
+
+    def nonsense() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as sock:
+            # From port 1000 to 80, with all flags set: the beginning of nothing.
+            sock.sendto(struct.pack("!HHIIBBHHH", 1000, 80, 1, 0, 5 << 4, 0x3F, 1024, 0, 0), ("10.244.1.11", 0))
+
+    before = counted()
+    assert answering(own_world, "node1", "127.0.0.1", 30001, count=5) <= {"p1", "q1"}
+    assert answering(own_world, "node1", "192.168.50.11", 30001, count=3) <= {"p1", "q1"}
+    said(own_world, "ip", "route", "add", "10.244.1.0/24", "via", "192.168.50.11", host="c")
+    try:
+        for _ in range(4):
+            own_world.namespaces["c"].inside(nonsense)
+    finally:
+        said(own_world, "ip", "route", "del", "10.244.1.0/24", "via", "192.168.50.11", host="c")
+    assert counted().since(before) == Packets(invalid=4, loopback=5)
+    assert Packets(1, 7).since(Packets(5, 6)) == Packets(1, 1)  # the first rule was written again
 
 
 def test_packets_that_conntrack_cannot_place_are_dropped_unless_it_is_liberal(

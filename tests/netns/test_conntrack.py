@@ -580,6 +580,7 @@ def test_sluice_conntrack_lists_flows_and_deletes_the_stale_ones(kitchen: Kitche
         "masqueraded": False,
         "answered": True,
         "stale": False,
+        "draining": False,
     }
     assert by_client[f"192.168.50.100:{outside.port}"]["masqueraded"]
     assert not any(each["stale"] for each in by_client.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,15 @@ def test_its_python_takes_nothing_from_the_system_or_elsewhere(machine):
     machine.said("cd / && /opt/sluice/bin/python -c 'import proxy, rules, aiohttp, pyroute2'")
     refused = machine.run("/usr/bin/python3 -c 'import rules'")
     assert "ModuleNotFoundError" in refused.stderr
+
+
+def test_it_is_built_byte_for_byte_again(tmp_path):
+    """From the wheel beside it, in another directory and at another time."""
+    package = Path(PACKAGE)
+    [wheel] = package.parent.glob("sluice_proxy-*.whl")
+    build = Path(__file__).parents[2] / "deploy/debian/build"
+    subprocess.run([build, wheel, tmp_path], check=True, env={**os.environ, "PYTHON": sys.executable})
+    assert (tmp_path / package.name).read_bytes() == package.read_bytes()
 
 
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])

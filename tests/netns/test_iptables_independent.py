@@ -78,7 +78,8 @@ def line(rule: dict[str, Any]) -> str:
     for name, parameters in rule["matches"]:
         if name != "comment":
             words += ["-m", name, *options(parameters)]
-    words += ["-g" if rule["goto"] else "-j", rule["target"], *options(rule["parameters"])]
+    if rule["target"]:  # one without counts, and does nothing
+        words += ["-g" if rule["goto"] else "-j", rule["target"], *options(rule["parameters"])]
     return respell(" ".join(words))
 
 

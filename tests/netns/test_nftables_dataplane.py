@@ -91,7 +91,8 @@ def test_what_is_applied_is_what_is_read_with_every_field(family: Family, opened
     # What a field never leaves at its default shows nothing about it.
     single = {"NodeFacts.loopback_node_ports"} if family is Family.IPV6 else set()
     # Those that this dataplane has no use for; its capabilities say so.
-    single |= {"NodeFacts.health_check_ports", "NodeFacts.relayed", "Route.scheduler", "Route.proxy_protocol"}
+    single |= {"NodeFacts.health_check_ports", "NodeFacts.bound", "NodeFacts.relayed"}
+    single |= {"Route.scheduler", "Route.proxy_protocol"}
     assert {name for name, values in seen.items() if len(values) < 2} <= single
     assert set(Kind) == seen["Route.kind"]
 

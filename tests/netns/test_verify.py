@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -442,7 +442,7 @@ MANIFESTS: list[dict[str, Any]] = [
 class Agent:
     """`sluice run` in the namespace of the calling thread, and verbs that ask it."""
 
-    def __init__(self, directory: Path, policy: str, manifests: Path | None = None) -> None:
+    def __init__(self, directory: Path, policy: str, manifests: Path | None = None, more: Sequence[str] = ()) -> None:
         self.run_directory = str(directory / "run")
         self.log = directory / "log"
         self.manifests = manifests or directory / "objects.json"
@@ -455,7 +455,7 @@ class Agent:
         periods = ["--iptables-sync-period", "600s", "--iptables-min-sync-period", "300s"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "proxy", "run", *self.flags, *own, *periods],
+                [sys.executable, "-m", "proxy", "run", *self.flags, *own, *periods, *more],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -11,6 +11,8 @@ from proxy import agent, logs, privileged
 from proxy.config.load import load
 from proxy.config.schema import GROUP_VERSION, KIND, OWN_GROUP_VERSION, OWN_KIND
 from proxy.config.watching import Following
+from proxy.opening import FatalError
+from proxy.reloading import follow
 from rules.forwarding import Family, parse_address, parse_prefix
 from tests.fakes.memory_dataplane import FlakyMemory
 from tests.fakes.polling import eventually
@@ -23,7 +25,7 @@ OWN_HEAD = f"---\napiVersion: {OWN_GROUP_VERSION}\nkind: {OWN_KIND}\n"
 def set_up(monkeypatch):
     """What the agent asked to be set on its node."""
     asked = []
-    monkeypatch.setattr(privileged, "set_up", lambda settings: asked.append(settings) or [])
+    monkeypatch.setattr(privileged, "set_up", lambda settings, _mode: asked.append(settings) or [])
     yield asked
     logs.structlog.reset_defaults()
 
@@ -54,7 +56,7 @@ def run(test, tmp_path):
     async def main():
         running = Running(tmp_path / "config.yaml")
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(running.agent._follow(running.following))
+            task = group.create_task(follow(running.following, running.agent._configure, running.agent._supervisor))
             await test(running)
             task.cancel()
 
@@ -114,6 +116,6 @@ def test_cfg_54_what_is_not_live_ends_the_agent_with_a_line_that_names_it(tmp_pa
     with pytest.raises(ExceptionGroup) as caught:
         run(test, tmp_path)
     (error,) = caught.value.exceptions
-    assert isinstance(error, agent.FatalError)
+    assert isinstance(error, FatalError)
     assert "the configuration file was updated" in str(error)
     assert "metricsBindAddress, mode" in str(error)

@@ -99,8 +99,11 @@ def test_run_ends_with_the_agents_code(monkeypatch, agent):
 
 
 def test_run_tells_warnings_in_the_log(agent, capfd):
-    assert cli.main(["run", "--kube-api-qps=7", "--logging-format=json"]) == 0
-    assert '"event": "--kube-api-qps is not supported yet and has no effect"' in capfd.readouterr().err
+    assert cli.main(["run", "--kube-api-content-type=x", "--logging-format=json"]) == 0
+    assert (
+        '"event": "--kube-api-content-type has no effect: the API server is spoken to in JSON"'
+        in capfd.readouterr().err
+    )
 
 
 def test_under_the_name_kube_proxy_it_is_run(agent, tmp_path):
@@ -159,7 +162,7 @@ def test_cfg_2_write_config_to_writes_what_loads_again(agent, tmp_path):
 
 
 def test_cfg_53_init_only_ends(agent, capfd, monkeypatch):
-    monkeypatch.setattr("proxy.privileged.set_up", lambda _settings: ["--init-only tried it"])
+    monkeypatch.setattr("proxy.privileged.set_up", lambda *_: ["--init-only tried it"])
     assert cli.main(["run", "--init-only"]) == 0
     assert agent == []
     assert "--init-only" in capfd.readouterr().err
@@ -181,7 +184,7 @@ def test_cfg_52_run_cleanup_is_cleanup(monkeypatch, agent, code, expected):
         (["run", "--config=/none"], 1, "sluice run: --config /none: No such file or directory"),
         (["run", "--v=x"], 1, 'sluice run: --v: "x" is not a whole number'),
         (["run", "--cleanup=x"], 1, 'sluice run: --cleanup: "x" is not true or false'),
-        (["run", "--write-config-to=/none/x"], 1, "sluice run: /none/x: No such file or directory"),
+        (["run", "--write-config-to=/none/x"], 1, "sluice run: --write-config-to /none/x: No such file or directory"),
         (["render"], 2, "sluice render: Missing option '-f'"),
         (["render", "-f", "/none"], 2, "sluice render: /none"),
         (["render", "-f", ".", "--masquerade-all=x"], 2, "sluice render: --masquerade-all:"),

@@ -40,23 +40,34 @@ def problems_of(*given_flags):
 # --- what has no effect ----------------------------------------------------------------------------------------
 
 
-def test_fields_without_effect_are_named_once(file):
-    text = "mode: ipvs\nclientConnection: {qps: 7}\nlogging: {vmodule: [{filePattern: a, verbosity: 9}]}\n"
-    text += "ipvs: {strictARP: true, excludeCIDRs: []}\nclusterCIDR: 10.0.0.0/8\n"
-    path = file(text)
-    expected = tuple(
-        f"{path}:{line}: {name} is not supported yet and has no effect"
-        for line, name in ((4, "clientConnection.qps"), (5, "logging.vmodule"), (6, "ipvs.strictARP"))
+def test_fields_without_effect_are_named_once_with_the_reason(file):
+    text = (
+        "clientConnection: {contentType: application/vnd.kubernetes.protobuf, acceptContentTypes: application/cbor}\n"
     )
-    assert load([("config", path)]).warnings == expected
+    text += "featureGates: {LoggingAlphaOptions: true}\nlogging: {vmodule: [{filePattern: a, verbosity: 9}], "
+    text += "options: {text: {splitStream: true}}}\nclusterCIDR: 10.0.0.0/8\nipvs: {strictARP: true}\n"
+    path = file(text)
+    assert load([("config", path)]).warnings == (
+        f"{path}:3: clientConnection.acceptContentTypes has no effect: the API server is spoken to in JSON",
+        f"{path}:5: logging.vmodule has no effect: its patterns name source files of kube-proxy",
+        f"{path}:5: logging.options.text.splitStream has no effect: every line is written at once, to standard error",
+    )
 
 
 def test_flags_without_effect_are_named():
-    assert load([("kube-api-qps", "7"), ("ipvs-scheduler", "rr")]).warnings == (
-        "--kube-api-qps is not supported yet and has no effect",
+    found = load([("vmodule", "a=9"), ("kube-api-content-type", "application/cbor"), ("kube-api-qps", "7")])
+    assert found.warnings == (
+        "--vmodule has no effect: its patterns name source files of kube-proxy",
+        "--kube-api-content-type has no effect: the API server is spoken to in JSON",
     )
-    ipvs = load([("proxy-mode", "ipvs"), ("ipvs-scheduler", "rr")])
-    assert ipvs.warnings == ("--ipvs-scheduler is not supported yet and has no effect",)
+
+
+def test_cfg_2_how_often_the_api_server_is_asked(file):
+    assert (load([]).settings.api_qps, load([]).settings.api_burst) == (5.0, 10)
+    found = load([("config", file("clientConnection: {qps: -1, burst: 3}"))])
+    assert (found.settings.api_qps, found.settings.api_burst, found.warnings) == (-1.0, 3, ())
+    zero = load([("config", file("clientConnection: {qps: 0, burst: 0}"))]).settings
+    assert (zero.api_qps, zero.api_burst) == (5.0, 10)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +114,9 @@ def test_cfg_63_the_gates_are_those_that_kube_proxy_told():
 def test_cfg_20_unknown_gates_are_refused(file):
     path = file("featureGates: {BrandNew: true, ContextualLoging: false}")
     unknown = f"{path}:3: featureGates: unrecognized feature gate: "
-    hint = "; did you mean ContextualLogging?"
-    assert problems_of(("config", path)) == (f'{unknown}"BrandNew"', f'{unknown}"ContextualLoging"{hint}')
-    assert problems_of(("feature-gates", "No=true")) == ('--feature-gates: unrecognized feature gate: "No"',)
+    hint, none = "; did you mean ContextualLogging?", "; kube-proxy 1.36 has none of that name: leave it out"
+    assert problems_of(("config", path)) == (f'{unknown}"BrandNew"{none}', f'{unknown}"ContextualLoging"{hint}')
+    assert problems_of(("feature-gates", "No=true")) == (f'--feature-gates: unrecognized feature gate: "No"{none}',)
 
 
 def test_gates_of_other_components_are_passed_over_in_silence(file):
@@ -123,10 +134,9 @@ def test_gates_that_are_not_obeyed_are_told_where_that_matters():
     def told(text):
         return load([("feature-gates", text)]).warnings
 
-    assert told("ContextualLogging=true,NativeHistograms=false") == ()
-    assert told("NativeHistograms=true") == (
-        "--feature-gates: the feature gate NativeHistograms is not supported yet and has no effect",
-    )
+    assert told("ContextualLogging=true,NativeHistograms=true") == ()
+    why = "has no effect: lines of the log name what they are about in any case"
+    assert told("ContextualLogging=false") == (f"--feature-gates: the feature gate ContextualLogging {why}",)
 
 
 def test_allalpha_and_allbeta_stand_for_those_that_are_not_named():
@@ -163,6 +173,15 @@ def test_allalpha_and_allbeta_stand_for_those_that_are_not_named():
         ("conntrack: {udpTimeout: -1s}", "3: conntrack.udpTimeout: -1s: must be greater than or equal to 0"),
         ("mode: ipvs\nipvs: {tcpTimeout: -1s}", "4: ipvs.tcpTimeout: -1s: must be greater than or equal to 0"),
         ("mode: ipvs\nipvs: {excludeCIDRs: [a]}", '4: ipvs.excludeCIDRs[0]: "a": must be a valid CIDR'),
+        (
+            "mode: ipvs\nipvs: {scheduler: round robin}",
+            '4: ipvs.scheduler: "round robin": must be a kernel\'s scheduler',
+        ),
+        ("mode: ipvs\nipvs: {scheduler: a234567890123456}", "4: ipvs.scheduler: "),
+        (
+            "mode: ipvs\nipvs: {syncPeriod: 1s, minSyncPeriod: 2s}",
+            "4: ipvs.syncPeriod: 1s: must be greater than or equal",
+        ),
         ("clientConnection: {burst: -1}", "3: clientConnection.burst: -1: must be greater than or equal to 0"),
         ("configSyncPeriod: -1s", "3: configSyncPeriod: -1s: must be greater than 0"),
         ("iptables: {syncPeriod: -1s}", "3: iptables.syncPeriod: -1s: must be greater than 0"),
@@ -225,7 +244,7 @@ def test_allalpha_and_allbeta_stand_for_those_that_are_not_named():
         ("logging: {vmodule: [5]}", "3: logging.vmodule: must hold items with filePattern and verbosity"),
         # no configuration at all
         ("mode: [", "expected the node content"),
-        ("a: b: c", "3: mapping values are not allowed here"),
+        ("a: b: c", "3: is not valid YAML: mapping values are not allowed here"),
         ("x: \x07", "special characters are not allowed"),
         ("---\n[]", "4: is not a mapping of fields to values"),
         (f"---\n{HEAD}", f"4: a second {KIND}"),
@@ -268,8 +287,10 @@ def test_files_that_are_no_text_are_named(tmp_path, content, reason):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    assert problems_of(("config", str(tmp_path / "none"))) == (f"--config {tmp_path}/none: No such file or directory",)
-    assert problems_of(("config", str(tmp_path))) == (f"--config {tmp_path}: Is a directory",)
+    why = {"none": "No such file or directory: give the path of a file that is there"}
+    why["."] = "Is a directory: give the path of the file in it"
+    for name, reason in why.items():
+        assert problems_of(("config", str(tmp_path / name))) == (f"--config {tmp_path / name}: {reason}",)
 
 
 values = st.recursive(

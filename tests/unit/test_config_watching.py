@@ -187,7 +187,7 @@ def test_a_file_that_cannot_be_used_is_told_once_and_changes_nothing(tmp_path):
         path.write_text(verbosity(2))
         assert await follower.next_v() == 2
         path.unlink()
-        assert (await follower.next()).problems == (f"--config {path}: No such file or directory",)
+        assert (await follower.next()).problems[0].startswith(f"--config {path}: No such file or directory")
         path.write_text(verbosity(3))
         assert await follower.next_v() == 3
 

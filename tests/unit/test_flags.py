@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy import cli
 from proxy.config import flags
 from proxy.config.errors import ConfigError
 from proxy.config.load import load
 from proxy.config.schema import SECOND
+from proxy.config.values import Type
 
 # Flag: text, the field that it sets, what to.
 FIELDS = {
@@ -78,6 +82,20 @@ def test_cfg_2_every_flag_sets_its_field(name):
     merged = load([(name, text), *gates]).merged
     assert merged.values[path] == value
     assert (merged.origins[path].kind, merged.origins[path].where) == ("flag", f"--{name}")
+
+
+@pytest.mark.parametrize("spelling", ["--{name}={text}", "--{name} {text}", "--{under}={text}", "--{under} {text}"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_cfg_1_2_the_command_line_takes_every_flag_in_every_spelling(name, spelling, capsys):
+    text, path, _ = FIELDS[name]
+    if flags.BY_NAME[name].type is Type.BOOL:
+        spelling = spelling.replace(" {text}", "")  # a switch takes no next word: it would be an argument
+        text = "true" if "=" not in spelling else text
+    gates = ["--feature-gates=LoggingAlphaOptions=true"] if path.startswith("logging.options.") else []
+    words = spelling.format(name=name, under=name.replace("-", "_"), text=text).split(" ")
+    assert cli.main(["config", "-o", "json", *words, *gates], name="sluice") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["origins"][path] == {"kind": "flag", "where": f"--{name}"}
 
 
 @pytest.mark.parametrize("name", ["master", "boot-id-file", "machine-id-file"])

@@ -335,6 +335,45 @@ async def test_sockets_take_turns_whoever_is_flooded():
     assert [number for number, name in enumerate(order) if name == "quiet"][-1] < 8
 
 
+@in_loop
+async def test_turns_wait_while_a_sync_is_at_work():
+    at_work = True
+    with served(busy=lambda: at_work) as (server, port):
+        asking = asyncio.ensure_future(ask(port))
+        await eventually(lambda: server._gave_way)
+        assert server.accepted == 0
+        at_work = False
+        assert (await asking).endswith(b"ok")
+
+
+@in_loop
+async def test_they_wait_so_long_and_no_longer():
+    clock = Clock()
+    with served(busy=lambda: True, clock=clock) as (server, port):
+        for count in (1, 2):
+            asking = asyncio.ensure_future(ask(port))
+            await eventually(lambda: server._gave_way)
+            clock.now += http.GIVE_WAY - 0.001
+            await asyncio.sleep(http.GLANCE * 5)
+            assert server.accepted == count - 1
+            clock.now += 0.002
+            assert (await asking).endswith(b"ok")
+
+
+@in_loop
+async def test_what_it_takes_of_the_event_loop_is_counted():
+    clock = Clock()
+
+    def handler(_request):
+        clock.now += 0.25
+        return text("ok")
+
+    with served(handler, clock=clock) as (server, port):
+        await ask(port)
+        await ask(port)
+        assert server.seconds == 0.5
+
+
 async def connected(port, count):
     """Connections that are through."""
     clients = []

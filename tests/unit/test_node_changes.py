@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from proxy import agent
+from proxy import agent, own_node
 from proxy.config.settings import Settings
 from proxy.sources.base import Resource
 from rules.forwarding import Family, SourcePrefix, parse_address, parse_prefix
@@ -197,8 +197,8 @@ def test_without_a_cluster_and_a_node_the_node_is_eligible():
 def waiting(running, monkeypatch, **patience):
     """A wait for the node, with less patience."""
     for name, seconds in patience.items():
-        monkeypatch.setattr(agent, name, seconds)
-    return running.agent._wait_for_node()
+        monkeypatch.setattr(own_node, name, seconds)
+    return running.agent._own_node.wait()
 
 
 def test_nod_2_nothing_is_said_before_nodes_have_been_listed(monkeypatch):
@@ -223,7 +223,8 @@ def test_nod_3_a_node_without_addresses_is_waited_for_and_then_not(monkeypatch, 
             await waiting(running, monkeypatch, NODE_PATIENCE=0.01)
 
     asyncio.run(test())
-    assert "timed out waiting for the Node and its addresses" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "timed out waiting for the Node and its addresses" in shown.out + shown.err
 
 
 def test_nod_5_without_pod_cidrs_the_agent_ends(monkeypatch):

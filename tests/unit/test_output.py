@@ -137,6 +137,7 @@ def test_json_is_stable_and_has_addresses_as_text():
         "loopbackNodePorts": False,
         "rejectClosedPorts": True,
         "serviceCIDRs": ["10.96.0.0/12"],
+        "healthCheckPorts": [],
     }
     assert table["routes"][2] == {
         "service": "b/web:http",

@@ -18,11 +18,6 @@ from rules.forwarding import Family
 DATA = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2"
 RECORDED = (DATA / "nftables.metrics.txt").read_text()
 MODES = ("nftables", "iptables")
-COUNTED_BY_NFACCT = {
-    "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
-    "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
-}
-"""MET-10, MET-11: absent where the kernel has no nfacct, and with us (docs/differences.md, IPT-31)."""
 V4, V6 = Family.IPV4, Family.IPV6
 
 
@@ -45,7 +40,7 @@ def test_names_and_types_are_those_of_kube_proxy(mode):
     ours = types(Metrics(mode, "1").exposition().decode())
     theirs = types((DATA / f"{mode}.metrics.txt").read_text())
     assert len(theirs) > 10
-    assert {name: kind for name, kind in theirs.items() if name not in COUNTED_BY_NFACCT}.items() <= ours.items()
+    assert theirs.items() <= ours.items()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -58,9 +53,18 @@ def test_labels_are_those_of_kube_proxy(mode):
         metrics.reconciled(family, 0.1, 1)
         metrics.no_local(family, 1, 1)
     theirs = series((DATA / f"{mode}.metrics.txt").read_text())
-    wanted = {each for each in theirs if each.partition("{")[0] not in COUNTED_BY_NFACCT}
-    assert wanted
-    assert wanted <= series(metrics.exposition().decode())
+    assert theirs
+    assert theirs <= series(metrics.exposition().decode())
+
+
+def test_met_10_11_packets_are_counted_in_iptables_mode_alone():
+    metrics = Metrics("iptables", "1")
+    metrics.packets(3, 1)
+    metrics.packets(0, 2)
+    found = samples(metrics)
+    assert found["kubeproxy_iptables_ct_state_invalid_dropped_packets_total"] == 3
+    assert found["kubeproxy_iptables_localhost_nodeports_accepted_packets_total"] == 3
+    assert not [name for name in samples(Metrics("nftables", "1")) if name.startswith("kubeproxy_iptables")]
 
 
 def series(text):

@@ -1,0 +1,141 @@
+"""What follows the syncs of one family.
+
+    a sync succeeded ─▶ at once: how long changes took to become rules (MET-5), stale flows are looked for (CT-1)
+                     ─▶ beside the sync loop: health-check node ports, what metrics say of the table
+                     ─▶ once, when the rules of all families are there: what other modes and kube-proxy have left goes
+
+None of it holds up a sync, and none of its failures is one of a sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from functools import partial
+
+from proxy import modes, takeover
+from proxy.desired import Desired
+from proxy.logs import get_logger
+from proxy.reconciler import Reconciler
+from proxy.serving.healthcheck import HealthCheckServers
+from proxy.serving.metrics import Metrics
+from rules.dataplane import Applied, Dataplane, DataplaneError
+
+_log = get_logger("sluice.agent")
+
+OTHERS_PATIENCE = 5.0
+"""Seconds for which looking for what other modes have left gives way to the first sync of the other family."""
+
+
+COUNT_EVERY = 15.0
+"""Seconds between two looks at what rules have counted."""
+
+
+class Effects:
+    """What follows the syncs of one family's dataplane."""
+
+    def __init__(
+        self,
+        dataplane: Dataplane,
+        desired: Desired,
+        metrics: Metrics,
+        checks: HealthCheckServers,
+        all_settled: asyncio.Event,
+        *,
+        remove_kube_proxy_rules: bool,
+    ) -> None:
+        """Of a dataplane; `all_settled` is set when every family has had its first sync."""
+        self._dataplane = dataplane
+        self._family = dataplane.family
+        self._desired = desired
+        self._metrics = metrics
+        self._checks = checks
+        self._all_settled = all_settled
+        self._remove_kube_proxy_rules = remove_kube_proxy_rules
+        self._reconciler = Reconciler(self._family, partial(desired.serving, self._family), metrics.reconciled)
+        self._settled = asyncio.Event()
+        """The family has had its first sync."""
+        self._synced = asyncio.Event()
+        """It has had another one since this was looked at."""
+
+    def succeeded(self, applied: Applied) -> None:
+        """A sync was applied; on the event loop."""
+        now = time.time()
+        for trigger in self._desired.take_triggers(self._family):
+            self._metrics.programming_latency(self._family, now - trigger.time)
+        self._reconciler.written(self._desired.take_changes(self._family), applied)
+        self._settled.set()
+        self._synced.set()
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._reconciler.run(), name=f"conntrack {self._family.label}")
+            group.create_task(self._keep_up(), name=f"checks {self._family.label}")
+            if self._dataplane.name == "iptables":
+                group.create_task(self._count_packets(), name=f"packets {self._family.label}")
+            # Beside the rest: what userspace mode has left may take the time of its drain.
+            group.create_task(self._remove_others(), name=f"other modes {self._family.label}")
+
+    def close(self) -> None:
+        """Stop serving health checks."""
+        self._checks.close()
+
+    async def _keep_up(self) -> None:
+        while True:
+            await self._synced.wait()
+            self._synced.clear()
+            no_local = self._desired.no_local(self._family)
+            self._metrics.no_local(self._family, no_local.internal, no_local.external)
+            self._metrics.routes(self._family, self._desired.size(self._family))
+            self._checks.set_addresses(self._desired.facts(self._family).node_port_addresses)
+            self._checks.sync(self._desired.health_checks(self._family))
+
+    async def _count_packets(self) -> None:
+        """Have metrics know what rules have counted (MET-10, MET-11)."""
+        from rules.iptables.dataplane import IptablesDataplane  # noqa: PLC0415  # one dataplane of several is loaded
+
+        assert isinstance(self._dataplane, IptablesDataplane)
+        await self._settled.wait()
+        before = None  # what the first look finds an agent before this one has counted
+        while True:
+            try:
+                now = await asyncio.to_thread(self._dataplane.packets)
+            except DataplaneError as error:
+                _log.debug("packets are not counted", family=self._family.label, reason=str(error))
+            else:
+                if before is not None:
+                    self._metrics.packets(*now.since(before))
+                before = now
+            await asyncio.sleep(COUNT_EVERY)
+
+    async def _remove_others(self) -> None:
+        """Take away what others have left, once our own rules are in place, so that nobody notices."""
+        await self._settled.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OTHERS_PATIENCE):
+                await self._all_settled.wait()
+                # Flows that userspace mode has accepted must be the rules' before its sockets go.
+                await self._reconciler.begun.wait()
+        try:
+            # New connections are the new mode's; those that go on through the old one have a while to end.
+            await asyncio.sleep(await asyncio.to_thread(modes.release_others, self._dataplane))
+            for name in await asyncio.to_thread(modes.remove_others, self._dataplane):
+                _log.info("removed what another mode had left", mode=name, family=self._family.label)
+        except DataplaneError as error:
+            self._metrics.cleanup_failed(self._family)
+            _log.warning("what another mode has left stays", family=self._family.label, reason=str(error))
+        if self._remove_kube_proxy_rules:
+            await self._remove_kube_proxy()
+
+    async def _remove_kube_proxy(self) -> None:
+        """Take away what kube-proxy has left, unless it runs (docs/takeover.md)."""
+        try:
+            for line in await asyncio.to_thread(takeover.take_over, self._family):
+                _log.info(line)
+        except takeover.RunningError as error:
+            _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
+        except DataplaneError as error:
+            self._metrics.cleanup_failed(self._family)
+            _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
