@@ -14,9 +14,9 @@ WORKERS ?= 4
 VM = $(BIN)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL)) $(VM_OPTIONS)
 # Files are named, as collecting all tests costs a guest a minute.
 VM_PYTEST = $(BIN)/python -m pytest -v -p no:cacheprovider -p no:xdist -o faulthandler_timeout=300 \
-	--junitxml={results}/junit.xml tests/netns/test_scenarios.py
+	--junitxml={results}/junit.xml tests/netns/test_scenarios.py tests/netns/test_ipset_kernel.py tests/netns/test_ipvs_kernel.py
 
-.PHONY: help install install-iptables demo test test-vm test-all vm-shell check format bench lock fuzz soak dist deb image clean
+.PHONY: help install install-iptables demo test test-page bench-page test-vm test-all vm-shell check format bench bench-ipvs lock fuzz soak dist deb image clean
 
 help:                ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,10 +39,11 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@touch $@
 
 # Programs that the tests run: nft (listing and loading our rules), iptables of both kinds (mode iptables writes with them),
-# openssl (certificates of the stand-in API server).
+# openssl (certificates of the stand-in API server), ipset and ipvsadm (whether they see what mode ipvs writes).
 $(VENV)/.installed-programs: | $(VENV)/bin/python
 	@missing=; command -v nft >/dev/null || missing="$$missing nftables"; command -v openssl >/dev/null || missing="$$missing openssl"; \
 	command -v ip >/dev/null || missing="$$missing iproute2"; command -v iptables-nft >/dev/null || missing="$$missing iptables"; \
+	command -v ipset >/dev/null || missing="$$missing ipset"; command -v ipvsadm >/dev/null || missing="$$missing ipvsadm"; \
 	command -v sysctl >/dev/null && command -v ps >/dev/null || missing="$$missing procps"; \
 	if [ -n "$$missing" ]; then echo "==> from apt:$$missing"; $(APT) update; $(APT) install -y --no-install-recommends $$missing >/dev/null; fi
 	@touch $@
@@ -58,12 +59,27 @@ demo: $(VENV)/.installed  ## a cluster in network namespaces, with real packets
 test: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## unit tests, and scenarios on real packets (root)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
+# A browser for the page about Services; `make test` leaves these tests out where there is none.
+$(VENV)/.installed-browser: | $(VENV)/bin/python
+	@missing=; command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
+	fc-list 2>/dev/null | grep -q . || missing="$$missing fontconfig fonts-dejavu-core"; \
+	if [ -n "$$missing" ]; then echo "==> from apt:$$missing"; $(APT) update; $(APT) install -y --no-install-recommends $$missing >/dev/null; fi
+	@touch $@
+
+test-page: $(VENV)/.installed-dev $(VENV)/.installed-programs $(VENV)/.installed-browser  ## the page /debug/services in a headless Chromium (root)
+	@$(BIN)/python -m pytest -q tests/netns/test_page.py
+
+bench-page: $(VENV)/.installed-dev $(VENV)/.installed-browser  ## the page at 10,000 Services, in a headless Chromium (root)
+	@$(BIN)/python -m bench.page $(BENCH_PAGE)
+
 test-vm: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## the widest scenarios on a stock Debian kernel (KERNEL=6.12 for another)
 	@$(VM) --deadline 600 $(VM_PYTEST) -m vm
 
-test-all: test  ## everything that test runs, all scenarios in iptables mode by both kinds of programs, and on a stock kernel
+test-all: test  ## everything that test runs, all scenarios in modes iptables (by both kinds of programs) and userspace, and on a stock kernel
 	@for programs in nft legacy; do SLUICE_TEST_MODE=iptables SLUICE_IPTABLES=$$programs \
 		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/netns/test_scenarios.py || exit 1; done
+	@SLUICE_TEST_MODE=userspace $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/netns/test_scenarios.py
 	@$(VM) --deadline 3600 $(VM_PYTEST)
 
 vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a stock Debian kernel, over this file system
@@ -73,6 +89,9 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## time and memory at
 	@command -v haproxy >/dev/null || { echo "==> from apt: haproxy"; $(APT) update; $(APT) install -y --no-install-recommends haproxy >/dev/null; }
 	@$(BIN)/python -m bench $(if $(SIZES),--sizes $(SIZES)) $(BENCH)
 	@$(BIN)/python -m bench.userspace $(BENCH_USERSPACE)
+
+bench-ipvs: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## mode ipvs beside ipvsadm, as ratios in a virtual machine (BENCH_IPVS="--sizes 1000")
+	@$(VM) --deadline 1800 $(BIN)/python -m bench.ipvs --out {results}/bench-ipvs.json $(BENCH_IPVS)
 
 $(VENV)/.installed-fuzz: requirements-fuzz.lock $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-fuzz.lock

@@ -22,7 +22,7 @@ REPOSITORY = DIRECTORY.parent.parent
 
 EVERYTHING = Capabilities()
 """What nftables can, for which scenarios are written."""
-MEANS = {"userspace": "iptables"}
+MEANS = {"userspace": "iptables", "ipvs": "iptables"}
 """Modes that mean what another one means, unless a probe says otherwise (DESIGN 4.10)."""
 
 _CLUSTER_SCOPED = ("Node", "ServiceCIDR")
