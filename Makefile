@@ -73,14 +73,16 @@ test-page: $(VENV)/.installed-dev $(VENV)/.installed-programs $(VENV)/.installed
 bench-page: $(VENV)/.installed-dev $(VENV)/.installed-browser  ## the page at 10,000 Services, in a headless Chromium (root)
 	@$(BIN)/python -m bench.page $(BENCH_PAGE)
 
-test-vm: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## the widest scenarios on a stock Debian kernel (KERNEL=6.12 for another)
+test-vm: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## the widest scenarios on a stock Debian kernel, in modes nftables and ipvs (KERNEL=6.12 for another)
 	@$(VM) --deadline 600 $(VM_PYTEST) -m vm
+	@SLUICE_TEST_MODE=ipvs $(VM) --deadline 600 $(VM_PYTEST) -m vm
 
-test-all: test  ## everything that test runs, all scenarios in modes iptables (by both kinds of programs) and userspace, and on a stock kernel
+test-all: test  ## everything that test runs, all scenarios in modes iptables (by both kinds of programs) and userspace, and in modes nftables and ipvs on a stock kernel
 	@for programs in nft legacy; do SLUICE_TEST_MODE=iptables SLUICE_IPTABLES=$$programs \
 		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/netns/test_scenarios.py || exit 1; done
 	@SLUICE_TEST_MODE=userspace $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/netns/test_scenarios.py
 	@$(VM) --deadline 3600 $(VM_PYTEST)
+	@SLUICE_TEST_MODE=ipvs $(VM) --deadline 5400 $(VM_PYTEST) tests/netns/test_ipvs_dataplane.py
 
 vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a stock Debian kernel, over this file system
 	@$(VM) --shell

@@ -37,7 +37,9 @@ NFTABLES = Way("nftables")
 IPVS = Way("ipvs")
 """Where the kernel has it; its rules are written by the programs in use."""
 ROUND = (NFTABLES, Way("iptables", "nft"), Way("iptables", "legacy"), NFTABLES)
-THROUGH_IPVS = (NFTABLES, IPVS, Way("iptables", "nft"), IPVS, NFTABLES)
+THROUGH_IPVS = (IPVS, NFTABLES, IPVS, Way("iptables", "nft"))
+"""It begins with ipvs, so that its dozen modules are loaded before connections are counted: an emulated kernel stands
+still for a second while it links them."""
 BACK = (Way("iptables", "legacy"), Way("iptables", "nft"), Way("iptables", "legacy"))
 
 
