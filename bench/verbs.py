@@ -87,7 +87,7 @@ def _measure(place: Place, cluster: Cluster, times: int) -> tuple[dict[str, list
         costs: dict[str, list[Cost]] = {what: [] for what in commands}
         for turn in range(times + 1):
             for what, arguments in commands.items():
-                cost = _run(place, arguments)
+                cost = run(place, arguments)
                 if turn:  # the first one compiles
                     costs[what].append(cost)
         healed = {
@@ -97,7 +97,7 @@ def _measure(place: Place, cluster: Cluster, times: int) -> tuple[dict[str, list
     return costs, healed
 
 
-def _run(place: Place, arguments: Sequence[str]) -> Cost:
+def run(place: Place, arguments: Sequence[str]) -> Cost:
     """One run of a verb, whose bytecode is kept as that of an installed program is.
 
     Raises:

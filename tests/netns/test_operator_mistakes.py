@@ -95,6 +95,8 @@ def start(root: None, tmp_path: Path) -> Iterator[Start]:
             for each in processes:
                 each.process.kill()
                 each.process.wait()
+            if any("userspace" in each.log.read_text() for each in processes):  # workers outlive their agent
+                subprocess.run([sys.executable, "-m", "proxy", "cleanup"], check=True)
 
 
 def only_line(started: Started) -> str:
