@@ -16,6 +16,7 @@ are expanded here; keys that are no text become text, as kubectl does.
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def _with_text_keys(value: Any) -> Any:
 def _child() -> int:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+    gc.disable()  # nothing is garbage before the end, and looking for it takes a fifth of the time
     try:
         sys.stdout.buffer.write(to_json(sys.stdin.buffer.read().decode()))
     except YamlError as error:

@@ -1,0 +1,136 @@
+"""What dump, explain and verify cost when their answer comes from files, each in a process of its own.
+
+The files are of one large node: kube-proxy's rules as iptables-save, `nft list ruleset` and `nft -j list ruleset` print
+them, its objects, and a bundle, which an agent that carries the same Services makes beside kube-proxy's rules.  What is
+decoded is what the objects come to: verify says so, or there are no figures.
+
+    python -m bench.sources
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import kernel, kube_proxy, manifests, report, rounds, verbs
+from bench.agent import Agent, Source
+from bench.cluster import NODE, PORT, Cluster
+from bench.report import Row
+from bench.rounds import Place
+from rules.foreign.nft_model import TABLE
+
+TARGET = 2.0
+"""Seconds from the start of the command to its end, at 10,000 Services."""
+_NODE = ("--hostname-override", NODE)
+
+
+class Files(NamedTuple):
+    """Where everything of a cluster was written."""
+
+    rules: Mapping[str, str]
+    """By the program that prints them."""
+    objects: Mapping[str, str]
+    """By their format."""
+
+
+def write(cluster: Cluster, directory: Path) -> Files:
+    """Rules and objects of a cluster."""
+    rules = {
+        "iptables-save": kube_proxy.iptables_save(cluster).encode(),
+        "nft": kube_proxy.nft_text(cluster).encode(),
+        "nft -j": kube_proxy.nft_json(cluster),
+    }
+    for name, data in rules.items():
+        (directory / name).write_bytes(data)
+    objects = {"json": manifests.write_json(cluster, directory), "yaml": manifests.write_yaml(cluster, directory)}
+    return Files({name: str(directory / name) for name in rules}, {name: str(path) for name, path in objects.items()})
+
+
+def commands(cluster: Cluster, files: Files) -> dict[str, list[str]]:
+    """What is measured with files of rules and objects, by what it is called."""
+    address = f"{cluster.cluster_ip(cluster.services // 2)}:{PORT}"
+    explain = ["explain", address, "--from", "node"]
+    found = {f"explain objects.{name}": [*explain, "-f", path, *_NODE] for name, path in files.objects.items()}
+    for program, rules in files.rules.items():
+        found[f"dump {program}"] = ["dump", "-f", rules]
+        found[f"explain {program}"] = [*explain, "-f", rules]
+        for name, objects in files.objects.items():
+            both = ["-f", rules, "-f", objects, *_NODE]
+            found[f"explain {program}, objects.{name}"] = [*explain, *both]
+            found[f"verify {program}, objects.{name}"] = ["verify", *both]
+    return found
+
+
+def of_bundle(cluster: Cluster, bundle: str) -> dict[str, list[str]]:
+    """What is measured with a bundle, which has Sluice's rules and kube-proxy's."""
+    address = f"{cluster.cluster_ip(cluster.services // 2)}:{PORT}"
+    found = {}
+    for whose, more in (("", []), (" --of kube-proxy", ["--of", "kube-proxy"])):
+        for verb in (["dump"], ["explain", address, "--from", "node"], ["verify"]):
+            found[f"{verb[0]} bundle.tgz{whose}"] = [*verb, "-f", bundle, *more]
+    return found
+
+
+def rows(place: Place, cluster: Cluster, times: int, *, bundle: bool = True) -> Iterator[Row]:
+    """The figures of one checkout.
+
+    Raises:
+        RuntimeError: a verb failed, or verify found a difference.
+    """
+    files = write(cluster, place.directory)
+    wanted = commands(cluster, files)
+    if bundle:
+        path = make_bundle(place, cluster, files)
+        wanted |= of_bundle(cluster, path)
+    target = TARGET if cluster.services <= 10_000 else None
+    for what, arguments in wanted.items():
+        verbs.run(place, arguments)  # the first one compiles
+        costs = [verbs.run(place, arguments) for _ in range(times)]
+        yield Row(str(cluster), what, "s", {"now": statistics.median(each.wall for each in costs)}, target)
+        yield Row(str(cluster), f"{what}: CPU", "s", {"now": statistics.median(each.cpu for each in costs)})
+
+
+def make_bundle(place: Place, cluster: Cluster, files: Files) -> str:
+    """The archive of a node on which kube-proxy's rules of nftables stand beside those of a running agent."""
+    path = place.directory / "bundle.tgz"
+    path.unlink(missing_ok=True)
+    run_directory = place.directory / "run"
+    source = Source(Path(files.objects["json"]))
+    kernel.remove_tables()
+    with rounds.synced(place, cluster, Agent(place.checkout, place.directory, source, run_directory=run_directory)):
+        # Only now: an agent that starts removes them.
+        _nft("-f", files.rules["nft"])
+        verbs.run(place, ["bundle", "-o", str(path), "--run-directory", str(run_directory)])
+        _nft("delete", "table", "ip", TABLE)
+    return str(path)
+
+
+def _nft(*arguments: str) -> None:
+    subprocess.run(["nft", *arguments], check=True)  # noqa: S603, S607  # ours, and wherever nft is
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.sources", description=__doc__.partition("\n")[0])
+    parser.add_argument("--services", type=int, default=10_000)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--bundle", action=argparse.BooleanOptionalAction, default=True, help="a bundle too (root)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sources.json")
+    options = parser.parse_args(arguments)
+    kernel.enter_own_namespace()
+    with tempfile.TemporaryDirectory(prefix="sluice-bench-") as directory:
+        place = Place(Path(__file__).parents[1], Path(directory), kernel.Listener())
+        cluster = Cluster(options.services, 4)
+        found = report.results(rows(place, cluster, options.times, bundle=options.bundle))
+    report.save(found, options.out)
+    print(report.table(found))  # noqa: T201  # what the program is for
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
