@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from proxy.config.settings import IpvsSettings, Settings, UserspaceLimits
-from rules.dataplane import Dataplane, Touch, UnavailableError
+from rules.dataplane import Dataplane, DataplaneError, Touch, UnavailableError
 from rules.forwarding import Family
 from rules.iptables.programs import BACKENDS, Backend, available
 from rules.iptables.watch import Watched
@@ -20,6 +20,9 @@ BUILT = ("nftables", "iptables", "ipvs", "userspace")
 IPTABLES = "SLUICE_IPTABLES"
 """The variable that says which iptables to use, `legacy` or `nft`, where no configuration does; without either, the one
 in use on the node."""
+
+IPVS_DRAIN = 10.0
+"""Seconds that connections through IPVS have to come to their end, after a change to a mode that takes all new ones."""
 
 
 def choose(mode: str, iptables: str | None = None) -> str:
@@ -139,13 +142,21 @@ def meet_workers(dataplanes: Sequence[Dataplane]) -> None:
 def release_others(dataplane: Dataplane) -> float:
     """Have what other modes have left in a dataplane's family give way to it; in how many seconds it can be removed."""
     if dataplane.name != "userspace" and not _may_hold("userspace"):
-        return 0.0
+        return _ipvs_drain(dataplane)
     from proxy.userspace.dataplane import UserspaceDataplane  # noqa: PLC0415  # one dataplane of several is loaded
     from proxy.userspace.handover import release  # noqa: PLC0415  # likewise
 
     drain = dataplane.drain if isinstance(dataplane, UserspaceDataplane) else 0.0
     with contextlib.ExitStack() as stack:
         return max((release(other, drain) for other in _others(dataplane, stack)), default=0.0)
+
+
+def _ipvs_drain(dataplane: Dataplane) -> float:
+    """For how many seconds IPVS goes on beside rules of another mode: connections that it has end with its servers."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(DataplaneError):
+        held = (each for each in _others(dataplane, stack) if each.name == "ipvs")
+        return max((IPVS_DRAIN for each in held if each.read() is not None), default=0.0)
+    return 0.0
 
 
 def opener(settings: Settings) -> Callable[[str, Family], Dataplane]:
