@@ -75,7 +75,7 @@ bench-page: $(VENV)/.installed-dev $(VENV)/.installed-browser  ## the page at 10
 
 test-vm: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## the widest scenarios on a stock Debian kernel, in modes nftables and ipvs (KERNEL=6.12 for another)
 	@$(VM) --deadline 600 $(VM_PYTEST) -m vm
-	@SLUICE_TEST_MODE=ipvs $(VM) --deadline 600 $(VM_PYTEST) -m vm
+	@SLUICE_TEST_MODE=ipvs $(VM) --deadline 600 $(VM_PYTEST) -m vm -k test_scenario
 
 test-all: test  ## everything that test runs, all scenarios in modes iptables (by both kinds of programs) and userspace, and in modes nftables and ipvs on a stock kernel
 	@for programs in nft legacy; do SLUICE_TEST_MODE=iptables SLUICE_IPTABLES=$$programs \
