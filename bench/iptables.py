@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from bench import kernel, report, rounds
 from bench.agent import Agent, Usage
@@ -32,6 +32,7 @@ from rules.iptables import watch
 from rules.iptables.dataplane import IptablesDataplane
 from rules.iptables.programs import BACKENDS, available
 from rules.iptables.programs import Backend as Programs
+from rules.netlink.closing import Closing
 from rules.netlink.transaction import NetfilterSocket
 
 SIZES = (1_000, 5_000, 10_000)
@@ -189,7 +190,7 @@ def _check(table: ForwardingTable | None, cluster: Cluster) -> None:
     assert not wrong, f"the kernel is wrong about {len(wrong)} Services, among them {sorted(wrong)[:3]}"
 
 
-class _Sight:
+class _Sight(Closing):
     """Sees when rules of a kind change."""
 
     def __init__(self, kind: Programs) -> None:
@@ -201,10 +202,7 @@ class _Sight:
             self._signature = watch.signature(Family.IPV4, kind)
         self._last = self._take()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for each in (self._netlink, self._signature):
             if each is not None:
                 each.close()

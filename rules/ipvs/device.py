@@ -12,8 +12,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Address, Family
@@ -32,6 +31,7 @@ from rules.netlink.attributes import (
     text,
     u8,
 )
+from rules.netlink.closing import Closing
 from rules.netlink.transaction import NetfilterSocket, error_code
 
 NAME = DEVICE
@@ -70,7 +70,7 @@ class _Link(NamedTuple):
     up: bool
 
 
-class Device:
+class Device(Closing):
     """The device in the network namespace of the calling thread, through a socket of its own.  One call at a time.
 
     Raises:
@@ -83,14 +83,6 @@ class Device:
             self._socket = NetfilterSocket(_NETLINK_ROUTE)
         except OSError as error:
             raise DataplaneError(f"no socket to rtnetlink: {error}") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back the socket; the device stays."""

@@ -16,8 +16,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family
@@ -41,6 +40,7 @@ from rules.ipvs.messages import (
     set_server,
 )
 from rules.netlink.attributes import REQUEST, DecodeError, message
+from rules.netlink.closing import Closing
 from rules.netlink.generic import NETLINK_GENERIC, family_number
 from rules.netlink.transaction import NetfilterSocket, error_code
 
@@ -90,7 +90,7 @@ class Refused(NamedTuple):
         return _REASONS.get(self.errno) or os.strerror(self.errno)
 
 
-class Ipvs:
+class Ipvs(Closing):
     """A socket to the IPVS of the network namespace of the calling thread.  One call at a time.
 
     The first one in a kernel has it load its module.
@@ -111,14 +111,6 @@ class Ipvs:
             if isinstance(error, OSError | DecodeError):
                 raise UnavailableError(f"IPVS doesn't answer: {error}") from None
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back the socket; the servers stay."""

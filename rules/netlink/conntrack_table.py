@@ -16,10 +16,9 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Self
 
 from rules.forwarding import Family, Protocol
+from rules.netlink.closing import Closing
 from rules.netlink.conntrack import Flow, Match, decode, delete_one_request, delete_request, list_request
 from rules.netlink.transaction import NetfilterSocket, NetlinkError
 
@@ -30,7 +29,7 @@ _TRIES = 5
 _REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 
 
-class Conntrack:
+class Conntrack(Closing):
     """The connection tracking table of one family, in the network namespace of the thread that first uses it.
 
     All methods block, in proportion to the table: the kernel walks it once for each match.  One call at a time.
@@ -42,14 +41,6 @@ class Conntrack:
         self._sockets: list[NetfilterSocket] = []
         self._deletes_by_match = True
         """Until the kernel has refused it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back the sockets; the next use opens others."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rules.forwarding import Protocol
 from rules.netlink.attributes import HEAD, HEADER, NESTED, DecodeError, attribute, attributes, parse_be32, parse_be64
+from rules.netlink.closing import Closing
 from rules.netlink.conntrack import DESTINATION_NAT, Flow, decode_event
 from rules.netlink.filters import (
     EVERYTHING,
@@ -135,7 +135,7 @@ _TRANSLATED = (
 )
 
 
-class EndedFlows:
+class EndedFlows(Closing):
     """A socket that becomes readable when a translated flow has ended.
 
     It belongs to the network namespace of the thread that made it.
@@ -153,14 +153,6 @@ class EndedFlows:
     def lost(self) -> int:
         """How often events were lost."""
         return self._listening.lost
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._listening.close()

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.netlink import ipset_messages
 from rules.netlink.attributes import DecodeError
+from rules.netlink.closing import Closing
 from rules.netlink.ipset_messages import NOTHING, Element, Extra, HeldSet, SetSpec, SetType, reason
 from rules.netlink.transaction import NetfilterSocket, error_code
 
@@ -48,7 +48,7 @@ class RefusedElement(NamedTuple):
         return reason(self.errno)
 
 
-class Ipsets:
+class Ipsets(Closing):
     """A socket to the ipsets of the network namespace of the calling thread.  One call at a time.
 
     The first one in a kernel has it load its module.
@@ -68,14 +68,6 @@ class Ipsets:
             if isinstance(error, OSError | DecodeError):
                 raise UnavailableError(f"this kernel has no ipset ({_words(error)}): load ip_set") from None
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back the socket; the sets stay."""

@@ -12,10 +12,9 @@ import select
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
 from rules.netlink.attributes import messages
+from rules.netlink.closing import Closing
 from rules.netlink.filters import Instruction, attach
 
 _NETLINK_NETFILTER = 12
@@ -29,7 +28,7 @@ AT_ONCE = 1000
 """Datagrams that are read in one go: a flood leaves the rest for the next, so that others have their turn."""
 
 
-class Listening:
+class Listening(Closing):
     """A netfilter socket in the network namespace of the calling thread, which is never waited for in reading.
 
     Raises:
@@ -60,14 +59,6 @@ class Listening:
         except OSError:
             self._socket.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._socket.close()

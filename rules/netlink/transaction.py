@@ -21,8 +21,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rules.netlink.attributes import (
     ACK,
@@ -39,6 +38,7 @@ from rules.netlink.attributes import (
     message,
     messages,
 )
+from rules.netlink.closing import Closing
 
 AF_UNSPEC = socket.AF_UNSPEC
 SUBSYSTEM_NFTABLES = 10
@@ -139,7 +139,7 @@ def family_of(payload: bytes) -> int:
     return payload[0]
 
 
-class NetfilterSocket:
+class NetfilterSocket(Closing):
     """A netlink socket to netfilter, or by another protocol's number, in the network namespace of the calling thread.
 
     Raises:
@@ -160,14 +160,6 @@ class NetfilterSocket:
         except BaseException:
             self._socket.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._socket.close()
