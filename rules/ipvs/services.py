@@ -42,6 +42,7 @@ from rules.ipvs.messages import (
 from rules.netlink.attributes import REQUEST, DecodeError, message
 from rules.netlink.closing import Closing
 from rules.netlink.generic import NETLINK_GENERIC, family_number
+from rules.netlink.served import closed_unless_served
 from rules.netlink.transaction import NetfilterSocket, error_code
 
 __all__ = [
@@ -101,16 +102,13 @@ class Ipvs(Closing):
 
     def __init__(self) -> None:
         self._socket = NetfilterSocket(NETLINK_GENERIC)
-        try:
+        with closed_unless_served(
+            self._socket,
+            denied="IPVS may not be used: CAP_NET_ADMIN of the host is needed",
+            absent=lambda error: f"IPVS doesn't answer: {error}",
+        ):
             self._family = self._number()
             self._info = messages.decode_info(self._socket.request(self._message(messages.get_info())))
-        except BaseException as error:
-            self._socket.close()
-            if isinstance(error, OSError) and error.errno == errno.EPERM:
-                raise UnavailableError("IPVS may not be used: CAP_NET_ADMIN of the host is needed") from None
-            if isinstance(error, OSError | DecodeError):
-                raise UnavailableError(f"IPVS doesn't answer: {error}") from None
-            raise
 
     def close(self) -> None:
         """Give back the socket; the servers stay."""

@@ -19,6 +19,7 @@ from rules.netlink import ipset_messages
 from rules.netlink.attributes import DecodeError
 from rules.netlink.closing import Closing
 from rules.netlink.ipset_messages import NOTHING, Element, Extra, HeldSet, SetSpec, SetType, reason
+from rules.netlink.served import closed_unless_served
 from rules.netlink.transaction import NetfilterSocket, error_code
 
 __all__ = [
@@ -59,15 +60,12 @@ class Ipsets(Closing):
 
     def __init__(self) -> None:
         self._socket = NetfilterSocket()
-        try:
+        with closed_unless_served(
+            self._socket,
+            denied="ipset may not be used: CAP_NET_ADMIN is needed",
+            absent=lambda error: f"this kernel has no ipset ({_words(error)}): load ip_set",
+        ):
             self._socket.request(ipset_messages.protocol_request())
-        except BaseException as error:
-            self._socket.close()
-            if isinstance(error, OSError) and error.errno == errno.EPERM:
-                raise UnavailableError("ipset may not be used: CAP_NET_ADMIN is needed") from None
-            if isinstance(error, OSError | DecodeError):
-                raise UnavailableError(f"this kernel has no ipset ({_words(error)}): load ip_set") from None
-            raise
 
     def close(self) -> None:
         """Give back the socket; the sets stay."""
