@@ -32,7 +32,8 @@ from rules.iptables.programs import (
     choose,
     missing_features,
 )
-from rules.iptables.restores import Restore, Tally, difference, from_saved, owners, removal, restore
+from rules.iptables.restores import Restore, Tally, from_saved, owners, removal, restore
+from rules.iptables.rulesets import changed_chains
 from rules.iptables.text import TABLES, Saved, TextError, parse
 from rules.iptables.watch import Signature, signature
 
@@ -183,7 +184,7 @@ class IptablesDataplane:
             changes = model.plan(delta)
         else:
             before, model = model, Model(apply_delta(model.table(), delta), model.options)
-            changes = difference(before.chains(), model.chains())
+            changes = changed_chains(before.chains(), model.chains())
         step = restore(changes)
         waited = ""
         if step:

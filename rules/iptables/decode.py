@@ -30,11 +30,11 @@ from rules.forwarding import (
     merge_prefixes,
     parse_prefix,
 )
-from rules.iptables import layout
+from rules.iptables import layout, rulesets
 from rules.iptables.encode import EVERYWHERE, HERE, KIND_LETTERS, POLICY, REFUSAL_LETTERS, chain_base, is_refusal
 from rules.iptables.layout import JUMPS, KINDS, Options
 from rules.iptables.model import Model
-from rules.iptables.text import FILTER, NAT, PREFIX, TABLES, Rule, Rules, Ruleset, Saved
+from rules.iptables.text import FILTER, NAT, PREFIX, Rule, Rules, Ruleset, Saved
 
 _FRONTEND = (
     r"(?:-d (?P<address>\S+)/(?:32|128) )?-p (?P<protocol>tcp|udp|sctp) -m (?P=protocol) --dport (?P<port>\d{1,5}) "
@@ -111,41 +111,12 @@ def decode(saved: Saved, family: Family) -> Reading | None:
     except ValueError as error:
         damage.add(f"the static rules make no sense: {error}")
     else:
-        damage.update(_compare(expected, saved.chains))
-    damage.update(_jump_damage(saved))
+        damage.update(rulesets.damage(saved.chains, expected))
+    damage.update(rulesets.jump_damage(saved.jumps, JUMPS))
     return Reading(
         ForwardingTable(family=family, node=facts, routes=routes, hairpins=table.hairpins, damage=frozenset(damage)),
         options,
     )
-
-
-def _compare(expected: Ruleset, found: Ruleset) -> Iterator[str]:
-    for table in TABLES:
-        wanted, there = expected[table], found[table]
-        for name in there.keys() - wanted.keys():
-            yield f"chain {name} of table {table} serves nothing"
-        for name in wanted.keys() - there.keys():
-            yield f"chain {name} of table {table} is missing"
-        for name in wanted.keys() & there.keys():
-            if wanted[name] != there[name] and _texts(wanted[name]) != _texts(there[name]):
-                yield f"chain {name} of table {table} has other rules than it needs"
-
-
-def _texts(rules: Rules) -> list[str]:
-    return [rule.text for rule in rules]
-
-
-def _jump_damage(saved: Saved) -> Iterator[str]:
-    wanted = {(jump.table, jump.chain, jump.rule.text) for jump in JUMPS}
-    there = [(jump.table, jump.chain, jump.rule.text) for jump in saved.jumps]
-    for table, chain, text in wanted - set(there):
-        yield f"{chain} of table {table} lacks {text}"
-    for each in set(there):
-        table, chain, text = each
-        if each not in wanted:
-            yield f"{chain} of table {table} has {text}, which is not needed"
-        elif there.count(each) > 1:
-            yield f"{chain} of table {table} has {text} more than once"
 
 
 class _Decoder:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rules.forwarding import Frontend
 from rules.iptables.layout import JUMPS
 from rules.iptables.model import Model
+from rules.iptables.rulesets import changed_chains, changed_jumps
 from rules.iptables.text import TABLES, Changes, Jump, Ruleset, Saved, restore_lines
 
 
@@ -41,28 +42,9 @@ def restore(changes: Changes, jumps: Iterable[Jump] = (), stale: Iterable[Jump] 
     return Restore(lines, operations, written)
 
 
-def difference(old: Ruleset, new: Ruleset) -> Changes:
-    """The chains that differ."""
-    changes: Changes = {
-        table: {
-            **dict.fromkeys(old[table].keys() - new[table].keys()),
-            **{name: rules for name, rules in new[table].items() if old[table].get(name) != rules},
-        }
-        for table in TABLES
-    }
-    return changes
-
-
 def from_saved(saved: Saved, chains: Ruleset) -> Restore:
     """What makes a kernel that holds `saved` hold these chains, and lead to them."""
-    kept = set()
-    stale = []
-    for jump in saved.jumps:
-        if jump in JUMPS and jump not in kept:
-            kept.add(jump)
-        else:
-            stale.append(jump)
-    return restore(difference(saved.chains, chains), [jump for jump in JUMPS if jump not in kept], stale)
+    return restore(changed_chains(saved.chains, chains), *changed_jumps(saved.jumps, JUMPS))
 
 
 def removal(saved: Saved) -> Restore:

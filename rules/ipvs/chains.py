@@ -39,7 +39,7 @@ from rules.forwarding import (
     SourcePrefix,
     parse_prefix,
 )
-from rules.iptables import layout
+from rules.iptables import layout, rulesets
 from rules.iptables.text import FILTER, IPVS_PREFIX, MANGLE, NAT, Changes, Jump, Rule, Ruleset, Saved, restore_lines
 from rules.ipvs import marks, sets
 from rules.ipvs.sets import Set
@@ -203,21 +203,8 @@ def _masquerade(wanted: Wanted) -> str:
 
 def difference(saved: Saved, chains: Ruleset) -> list[str]:
     """The input that makes a kernel that holds `saved` hold these chains and lead to them; nothing where it does."""
-    changes: Changes = {
-        table: {
-            **dict.fromkeys(saved.chains[table].keys() - chains[table].keys()),
-            **{name: rules for name, rules in chains[table].items() if saved.chains[table].get(name) != rules},
-        }
-        for table in TABLES
-    }
-    kept = set()
-    stale = []
-    for jump in saved.jumps:
-        if jump in JUMPS and jump not in kept:
-            kept.add(jump)
-        else:
-            stale.append(jump)
-    missing = [jump for jump in JUMPS if jump not in kept]
+    missing, stale = rulesets.changed_jumps(saved.jumps, JUMPS)
+    changes = rulesets.changed_chains(saved.chains, chains)
     return list(restore_lines(changes, jumps=missing, stale_jumps=stale, tables=TABLES))
 
 
@@ -262,28 +249,8 @@ def damage(saved: Saved, wanted: Wanted, family: Family) -> Iterator[str]:
     except ValueError as error:
         yield f"the rules make no sense: {error}"
         return
-    for table in TABLES:
-        there = saved.chains[table]
-        for name in there.keys() - chains[table].keys():
-            yield f"chain {name} of table {table} serves nothing"
-        for name, rules in chains[table].items():
-            if name not in there:
-                yield f"chain {name} of table {table} is missing"
-            elif [rule.text for rule in there[name]] != [rule.text for rule in rules]:
-                yield f"chain {name} of table {table} has other rules than it needs"
-    yield from _odd_jumps(saved)
-
-
-def _odd_jumps(saved: Saved) -> Iterator[str]:
-    jumps = [(jump.table, jump.chain, jump.rule.text) for jump in saved.jumps]
-    needed = {(jump.table, jump.chain, jump.rule.text) for jump in JUMPS}
-    for table, chain, text in sorted(needed - set(jumps)):
-        yield f"{chain} of table {table} lacks {text}"
-    for each in sorted(set(jumps)):
-        if each not in needed:
-            yield f"{each[1]} of table {each[0]} has {each[2]}, which is not needed"
-        elif jumps.count(each) > 1:
-            yield f"{each[1]} of table {each[0]} has {each[2]} more than once"
+    yield from rulesets.damage(saved.chains, chains)
+    yield from rulesets.jump_damage(saved.jumps, JUMPS)
 
 
 def _read_detector(source: str | None, interface: str | None, family: Family) -> Detector | None:
