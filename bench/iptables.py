@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -71,7 +70,7 @@ def rows(places: Mapping[str, Place], sizes: Sequence[int] = SIZES, changes: int
         cluster = Cluster(size, 4)
         for kind in BACKENDS:
             if kind in available(Family.IPV4):
-                _tell(f"{cluster}: iptables-{kind}")
+                report.tell(f"{cluster}: iptables-{kind}")
                 yield from _rows(
                     cluster, kind, {name: _measure(each, cluster, kind, changes) for name, each in places.items()}
                 )
@@ -236,11 +235,6 @@ def _environment(kind: Programs) -> Iterator[None]:
             del os.environ[IPTABLES]
         else:
             os.environ[IPTABLES] = before
-
-
-def _tell(what: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{what}")
 
 
 def main() -> int:

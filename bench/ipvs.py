@@ -107,15 +107,15 @@ def _ours(cluster: Cluster, turns: int, changes: int) -> _Taken:
         loads, servers = [], []
         for turn in range(turns):
             dataplane.cleanup()
-            _tell(f"{cluster}: ipvsadm's servers by our batches, {turn + 1}")
+            report.tell(f"{cluster}: ipvsadm's servers by our batches, {turn + 1}")
             servers.append(_timed(lambda: _servers_alone(cluster)))
             subprocess.run([_ipvsadm_program(), "--clear"], check=True)  # noqa: S603  # found on PATH
-            _tell(f"{cluster}: full load {turn + 1}")
+            report.tell(f"{cluster}: full load {turn + 1}")
             loads.append(_timed(lambda: dataplane.sync(table)))
         assert dataplane.read() == table, "the kernel holds something else"
-        _tell(f"{cluster}: changes")
+        report.tell(f"{cluster}: changes")
         taken = [_timed(lambda delta=delta: dataplane.apply(delta)) for delta in _changes(cluster, changes)]  # type: ignore[misc]  # mypy on defaults of lambdas
-        _tell(f"{cluster}: reading")
+        report.tell(f"{cluster}: reading")
         read = _timed(dataplane.read)
         dataplane.cleanup()
     return _Taken(min(loads), min(servers), statistics.median(taken), read)
@@ -168,9 +168,9 @@ def _ipvsadm(cluster: Cluster, turns: int, changes: int) -> _Taken:
     loads = []
     for turn in range(turns):
         run("--clear")
-        _tell(f"{cluster}: ipvsadm's full load {turn + 1}")
+        report.tell(f"{cluster}: ipvsadm's full load {turn + 1}")
         loads.append(_timed(lambda: run("--restore", given=text)))
-    _tell(f"{cluster}: ipvsadm's changes")
+    report.tell(f"{cluster}: ipvsadm's changes")
     taken = []
     spare = f"{spare_pod(1)}:{TARGET_PORT}"
     for index in range(changes // 2):
@@ -189,11 +189,6 @@ def _timed(what: Callable[[], object]) -> float:
     start = time.perf_counter()
     what()
     return time.perf_counter() - start
-
-
-def _tell(what: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{what}")
 
 
 def main() -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import kernel, manifests, rounds
+from bench import kernel, manifests, report, rounds
 from bench.agent import Source
 from bench.cluster import Cluster
 from bench.report import Row
@@ -50,15 +49,15 @@ class Measure:
         """Every figure of a cluster."""
         with Server(lists_of(cluster)) as server:
             yield from self._first_syncs(cluster, server)
-            _tell(f"{cluster}: health during a first sync")
+            report.tell(f"{cluster}: health during a first sync")
             waits = self._each(lambda place: rounds.health_wait(place, cluster, _source(place, server)) * 1e3)
             yield Row(str(cluster), "longest wait for /healthz in a first sync", "ms", waits, _HEALTH_TARGET)
-            _tell(f"{cluster}: changes")
+            report.tell(f"{cluster}: changes")
             sessions = self._each(lambda place: rounds.session(place, cluster, server, count=self._changes))
             yield from _changes(cluster, sessions)
             yield from _memory(cluster, sessions)
             yield from _connects(cluster, sessions)
-            _tell(f"{cluster}: changes at default settings")
+            report.tell(f"{cluster}: changes at default settings")
             at_defaults = self._each(
                 lambda place: rounds.session(
                     place,
@@ -83,7 +82,7 @@ class Measure:
     def affinity(self, cluster: Cluster) -> Iterator[Row]:
         """What session affinity costs where some Services have it."""
         with Server(lists_of(cluster)) as server:
-            _tell(f"{cluster}")
+            report.tell(f"{cluster}")
             starts = self._each(lambda place: rounds.first_sync(place, cluster, _source(place, server)))
             yield Row(str(cluster), "first sync, API server", "s", {n: each.seconds for n, each in starts.items()})
             sessions = self._each(lambda place: rounds.session(place, cluster, server, count=self._changes))
@@ -103,7 +102,7 @@ class Measure:
         for turn in range(self._starts):
             for kind, source in sources.items():
                 for name, place in self._places.items():
-                    _tell(f"{cluster}: first sync {turn + 1}, {kind}, {name}")
+                    report.tell(f"{cluster}: first sync {turn + 1}, {kind}, {name}")
                     taken.setdefault((kind, name), []).append(rounds.first_sync(place, cluster, source(place)))
                     server.forget()
         for kind in sources:
@@ -154,11 +153,6 @@ def _target(what: str, cluster: Cluster) -> float | None:
     if cluster.endpoints != 4 or cluster.sticky:
         return None
     return _TARGETS.get((what, cluster.services))
-
-
-def _tell(what: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{what}")
 
 
 def clusters_of(sizes: str) -> list[Cluster]:

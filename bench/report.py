@@ -1,10 +1,11 @@
-"""The table of a run, for people and as JSON."""
+"""The table of a run, for people and as JSON; and how far it is."""
 
 from __future__ import annotations
 
 import datetime as dt
 import os
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def table(found: Results, *, programs: Sequence[str] = (), unit: str = " endpoin
         missed = row.target is not None and row.values[programs[0]] > row.target
         lines.append(f"  {f'{row.what} ({row.unit})':<50}{values}{target}{'  missed' if missed else ''}")
     return "\n".join(lines)
+
+
+def tell(what: str) -> None:
+    """What is being measured, on a terminal, in place of what was said before."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{what}")
 
 
 def _figure(value: float | None) -> str:
