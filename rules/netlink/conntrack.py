@@ -244,33 +244,26 @@ _NUMBER = slice(-16, -8)
 """Where an event has the entry's number: before the status."""
 
 
-def decode(data: bytes, start: int, end: int) -> Flow | None:
+def decode(data: bytes, start: int, end: int, *, event: bool = False) -> Flow | None:
     """The entry whose payload is `data[start:end]`; None: a flow without ports (ICMP), or one of another zone.
 
+    Args:
+        data: what holds it.
+        start: its place.
+        end: likewise.
+        event: whether it is what an event tells, and no part of a dump.
+
     Raises:
         DecodeError: the bytes are no entry.
     """
-    if start < end and (shape := _SHAPES.get(data[start])) is not None:
+    shapes = _EVENT_SHAPES if event else _SHAPES
+    if start < end and (shape := shapes.get(data[start])) is not None:
         values = shape.values
         rest = start + values.size
         if rest <= end and int.from_bytes(data[start:rest]) & shape.mask == shape.headers:
+            kept = data[start:rest][_NUMBER] + data[rest:end] if event else data[rest:end]
             # source, destination, protocol, two ports; reply source and destination, two ports; status
-            return tuple.__new__(Flow, (*values.unpack_from(data, start), data[rest:end]))
-    return _decode_slowly(data[start:end])
-
-
-def decode_event(data: bytes, start: int, end: int) -> Flow | None:
-    """The same for what an event tells of an entry.
-
-    Raises:
-        DecodeError: the bytes are no entry.
-    """
-    if start < end and (shape := _EVENT_SHAPES.get(data[start])) is not None:
-        values = shape.values
-        rest = start + values.size
-        if rest <= end and int.from_bytes(data[start:rest]) & shape.mask == shape.headers:
-            number = data[start:rest][_NUMBER]
-            return tuple.__new__(Flow, (*values.unpack_from(data, start), number + data[rest:end]))
+            return tuple.__new__(Flow, (*values.unpack_from(data, start), kept))
     return _decode_slowly(data[start:end])
 
 

@@ -44,7 +44,7 @@ def decode_passages(datagram: bytes) -> list[Passage]:
     with contextlib.suppress(DecodeError):
         for each in messages(datagram):
             if each.kind == _NEW:
-                flow = decode(each.payload, 0, len(each.payload))
+                flow = decode(each.payload, 0, len(each.payload), event=True)
                 if flow is not None and flow.protocol in _PORTED:
                     found.append(_passage(flow))
     return found

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from rules.forwarding import Protocol
 from rules.netlink.attributes import HEAD, HEADER, NESTED, DecodeError, attribute, attributes, parse_be32, parse_be64
 from rules.netlink.closing import Closing
-from rules.netlink.conntrack import DESTINATION_NAT, Flow, decode_event
+from rules.netlink.conntrack import DESTINATION_NAT, Flow, decode
 from rules.netlink.filters import (
     EVERYTHING,
     FIND_ATTRIBUTE,
@@ -178,7 +178,7 @@ def _ended(data: bytes) -> Iterator[Flow]:
             length = HEADER.unpack_from(data, position)[0]
             if length < HEADER.size or position + length > end:
                 return
-            flow = decode_event(data, position + HEADER.size, position + length)
+            flow = decode(data, position + HEADER.size, position + length, event=True)
             if flow is not None:
                 yield flow
             position += length + 3 & ~3

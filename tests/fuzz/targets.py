@@ -90,9 +90,9 @@ def netlink_nftables(data: bytes) -> None:
 
 def netlink_conntrack(data: bytes) -> None:
     """An entry of connection tracking, listed or told as ended, with its counters."""
-    for decode in (conntrack.decode, conntrack.decode_event):
+    for event in (False, True):
         with contextlib.suppress(DecodeError):
-            flow = decode(data, 0, len(data))
+            flow = conntrack.decode(data, 0, len(data), event=event)
             if flow is not None:
                 measure(flow)
                 conntrack.delete_one_request(Family.IPV4 if len(flow.source) == 4 else Family.IPV6, flow)

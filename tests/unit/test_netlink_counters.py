@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rules.forwarding import Protocol
 from rules.netlink.attributes import DecodeError, attribute, be32, be64, message, nested, u8
-from rules.netlink.conntrack import DESTINATION_NAT, Flow, decode, decode_event
+from rules.netlink.conntrack import DESTINATION_NAT, Flow, decode
 from rules.netlink.counters import Counts, Measured, _ended, measure
 
 # Linux 6.18, the end of 127.0.0.1:… -> 10.96.0.1:80/TCP, translated to 127.0.0.1:8080, with its header.
@@ -59,7 +59,7 @@ def test_a_recorded_entry_tells_number_and_counters():
 
 
 def test_a_recorded_end_tells_the_same_flow_with_its_last_counters():
-    opened, ended = decode(OPEN, 0, len(OPEN)), decode_event(ENDED, 0, len(ENDED))
+    opened, ended = decode(OPEN, 0, len(OPEN)), decode(ENDED, 0, len(ENDED), event=True)
     assert opened is not None
     assert ended is not None
     assert opened[:9] == ended[:9]
@@ -70,7 +70,7 @@ def test_a_recorded_end_tells_the_same_flow_with_its_last_counters():
 def test_an_event_in_another_order_is_read_all_the_same():
     """Older kernels tell the number after the status, newer ones may tell more."""
     body = ENDED[: 4 + 2 * 52] + bytes.fromhex("08000300 000003ae") + bytes.fromhex("08000c00 373ef50b") + ENDED[124:]
-    found = decode_event(body, 0, len(body))
+    found = decode(body, 0, len(body), event=True)
     assert found is not None
     assert measure(found) == Measured(0x373EF50B, Counts(4, 216, 2, 1112), closed=True)
 
@@ -106,7 +106,11 @@ def test_counters_that_make_no_sense(broken):
 
 @given(st.binary(max_size=200))
 def test_arbitrary_rests_and_events_raise_nothing_else(data):
-    for decoder in (lambda: measure(flow(data)), lambda: decode_event(data, 0, len(data)), lambda: list(_ended(data))):
+    for decoder in (
+        lambda: measure(flow(data)),
+        lambda: decode(data, 0, len(data), event=True),
+        lambda: list(_ended(data)),
+    ):
         with contextlib.suppress(DecodeError):
             decoder()
 
@@ -116,6 +120,6 @@ def test_mutated_events_raise_nothing_else(place, value):
     data = bytearray(ENDED)
     data[place] = value
     with contextlib.suppress(DecodeError):
-        found = decode_event(bytes(data), 0, len(data))
+        found = decode(bytes(data), 0, len(data), event=True)
         if found is not None:
             measure(found)
