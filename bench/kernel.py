@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 from bench.cluster import CLUSTER_IPS, NODE_ADDRESS, PODS
 from rules.forwarding import Backend, Family
-from rules.netlink.transaction import NetfilterSocket, NetlinkError
+from rules.netlink.errors import NetlinkError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables import names
 from rules.nftables.dataplane import NftablesDataplane
 from rules.nftables.state import read_elements

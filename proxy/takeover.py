@@ -22,7 +22,8 @@ from rules.forwarding import Family
 from rules.iptables.programs import Programs, RestoreError, available
 from rules.ipvs import DEVICE, KUBE_PROXYS_DEVICE
 from rules.netlink.attributes import DecodeError, attributes, text, text_of
-from rules.netlink.transaction import NetfilterSocket, TransactionError, attributes_of, netfilter_message
+from rules.netlink.errors import TransactionError
+from rules.netlink.transaction import NetfilterSocket, attributes_of, netfilter_message
 
 PROXY = "kube-proxy"
 PORTS = (10256, 10249)

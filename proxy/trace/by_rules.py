@@ -17,8 +17,9 @@ from rules.forwarding import Family, family_of
 from rules.iptables import trace as legacy_trace
 from rules.iptables.trace import Chains, Line, decode_lines, end_of, logging_to_sockets
 from rules.netlink.attributes import DecodeError
+from rules.netlink.errors import NetlinkError, TransactionError
 from rules.netlink.listening import Listening
-from rules.netlink.transaction import NetfilterSocket, NetlinkError, TransactionError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables.expressions import Reject, Unknown
 from rules.nftables.objects import decode_rule, list_rules
 from rules.nftables.trace import decode_events, listen, trace_table

@@ -32,7 +32,8 @@ from rules.netlink.attributes import (
     u8,
 )
 from rules.netlink.closing import Closing
-from rules.netlink.transaction import NetfilterSocket, error_code
+from rules.netlink.errors import error_code
+from rules.netlink.transaction import NetfilterSocket
 
 NAME = DEVICE
 

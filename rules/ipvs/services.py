@@ -41,9 +41,10 @@ from rules.ipvs.messages import (
 )
 from rules.netlink.attributes import REQUEST, DecodeError, message
 from rules.netlink.closing import Closing
+from rules.netlink.errors import error_code
 from rules.netlink.generic import NETLINK_GENERIC, family_number
 from rules.netlink.served import closed_unless_served
-from rules.netlink.transaction import NetfilterSocket, error_code
+from rules.netlink.transaction import NetfilterSocket
 
 __all__ = [
     "PERSISTENT",

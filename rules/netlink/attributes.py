@@ -37,6 +37,11 @@ EXCLUSIVE = 0x200
 CREATE = 0x400
 APPEND = 0x800
 
+ERROR = 2
+"""The type of a message that tells of an error, or acknowledges."""
+DONE = 3
+"""The type of the message that ends a dump."""
+
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
 

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from rules.forwarding import Family, Protocol
 from rules.netlink.closing import Closing
 from rules.netlink.conntrack import Flow, Match, decode, delete_one_request, delete_request, list_request
-from rules.netlink.transaction import NetfilterSocket, NetlinkError
+from rules.netlink.errors import NetlinkError
+from rules.netlink.transaction import NetfilterSocket
 
 _BATCH = 2048
 """Entries that are deleted in one send."""

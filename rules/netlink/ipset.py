@@ -18,9 +18,10 @@ from rules.dataplane import DataplaneError, UnavailableError
 from rules.netlink import ipset_messages
 from rules.netlink.attributes import DecodeError
 from rules.netlink.closing import Closing
+from rules.netlink.errors import error_code
 from rules.netlink.ipset_messages import NOTHING, Element, Extra, HeldSet, SetSpec, SetType, reason
 from rules.netlink.served import closed_unless_served
-from rules.netlink.transaction import NetfilterSocket, error_code
+from rules.netlink.transaction import NetfilterSocket
 
 __all__ = [
     "NOTHING",

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import select
 import socket
-import struct
 from collections.abc import Iterator, Sequence
 
-from rules.netlink.attributes import messages
+from rules.netlink.attributes import ERROR, messages
 from rules.netlink.closing import Closing
+from rules.netlink.errors import raise_refusal
 from rules.netlink.filters import Instruction, attach
 
 _NETLINK_NETFILTER = 12
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_RCVBUFFORCE = 33
 _RECEIVE = 1 << 16
-_ERROR = 2
 _ANSWER_SECONDS = 5
 
 AT_ONCE = 1000
@@ -94,9 +92,7 @@ class Listening(Closing):
         self._socket.send(message)
         while select.select([self._socket], [], [], _ANSWER_SECONDS)[0]:
             for answer in messages(self._socket.recv(_RECEIVE)):
-                if answer.kind == _ERROR and len(answer.payload) >= 4:
-                    code = -struct.unpack_from("=i", answer.payload)[0]
-                    if code:
-                        raise OSError(code, os.strerror(code))
+                if answer.kind == ERROR:
+                    raise_refusal(answer)
                     return
         raise OSError(errno.ETIMEDOUT, "the kernel did not answer")

@@ -17,16 +17,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from rules.netlink.attributes import (
     ACK,
+    DONE,
     DUMP,
     DUMP_INTERRUPTED,
+    ERROR,
     HEADER,
     REQUEST,
     U32,
@@ -39,6 +39,16 @@ from rules.netlink.attributes import (
     messages,
 )
 from rules.netlink.closing import Closing
+from rules.netlink.errors import (
+    Failure,
+    LostAnswerError,
+    NetlinkError,
+    StaleGenerationError,
+    TransactionError,
+    error_code,
+    failure,
+    raise_refusal,
+)
 
 AF_UNSPEC = socket.AF_UNSPEC
 SUBSYSTEM_NFTABLES = 10
@@ -49,13 +59,6 @@ _NETLINK_CAP_ACK = 10
 _NETLINK_EXT_ACK = 11
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
-
-_NLMSG_ERROR = 2
-_NLMSG_DONE = 3
-_ACK_CAPPED = 0x100
-_ACK_ATTRIBUTES = 0x200
-_ERROR_TEXT = 1
-_ERROR_OFFSET = 2
 
 _BATCH_BEGIN = 16
 _BATCH_END = 17
@@ -76,45 +79,6 @@ _DUMP_TRIES = 20
 _REQUEST_TRIES = 5
 _PASSING = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOBUFS})
 """Errors of a reading that the next try may not meet: it changed meanwhile, or the answers did not fit."""
-
-
-class Failure(NamedTuple):
-    """One message that the kernel refused."""
-
-    message: int
-    """Its place in the list that was given to `commit`; -1: the batch as a whole."""
-    errno: int
-    text: str
-    """The kernel's own explanation; often empty."""
-    offset: int
-    """Where in the message the offending attribute starts, counted from the message's header; 0: unknown."""
-
-    def __str__(self) -> str:
-        where = f"message {self.message}" if self.message >= 0 else "the transaction"
-        explanation = f" ({self.text})" if self.text else ""
-        return f"{where}: {os.strerror(self.errno)}{explanation}"
-
-
-class TransactionError(Exception):
-    """The kernel refused a transaction and applied nothing of it."""
-
-    def __init__(self, errors: Sequence[Failure]) -> None:
-        self.errors = tuple(errors)
-        shown = "; ".join(str(each) for each in self.errors[:3])
-        more = f" and {len(self.errors) - 3} more" if len(self.errors) > 3 else ""
-        super().__init__(f"{shown}{more}")
-
-
-class StaleGenerationError(TransactionError):
-    """Another process changed nftables since the generation that the transaction rests on."""
-
-
-class LostAnswerError(TransactionError):
-    """The kernel could not queue its answers: whether the transaction was applied has to be read."""
-
-
-class NetlinkError(OSError):
-    """A request or a dump was refused; `errno` says why."""
 
 
 def netfilter_message(kind: int, flags: int, family: int, payload: bytes, subsystem: int = SUBSYSTEM_NFTABLES) -> bytes:
@@ -240,7 +204,7 @@ class NetfilterSocket(Closing):
                 if answered == sequence:
                     interrupted = interrupted or bool(flags & DUMP_INTERRUPTED)
                     start = position + HEADER.size
-                    if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                    if kind in (ERROR, DONE):
                         done = Message(kind, flags, answered, data[start : position + length])
                         break
                     spans.append((start, position + length))
@@ -248,7 +212,7 @@ class NetfilterSocket(Closing):
             if spans:
                 yield data, spans
             if done is not None:
-                _raise_refusal(done)
+                raise_refusal(done)
                 if interrupted:
                     raise NetlinkError(errno.EINTR, "it changed while it was read")
                 return
@@ -319,8 +283,8 @@ class NetfilterSocket(Closing):
                 if answer.sequence != sequence:
                     continue
                 interrupted = interrupted or bool(answer.flags & DUMP_INTERRUPTED)
-                if answer.kind in (_NLMSG_ERROR, _NLMSG_DONE):
-                    _raise_refusal(answer)
+                if answer.kind in (ERROR, DONE):
+                    raise_refusal(answer)
                     return interrupted
                 answers.append(answer.payload)
             if answers and not flags & DUMP:
@@ -374,7 +338,7 @@ class NetfilterSocket(Closing):
 
     def _answers(self, first: int, count: int) -> tuple[list[Failure], bool]:
         errors, lost = self._refusals(first, count)
-        return [_failure(place if place < count else -1, answer) for place, answer in errors], lost
+        return [failure(place if place < count else -1, answer) for place, answer in errors], lost
 
     def _refusals(self, first: int, count: int) -> tuple[list[tuple[int, Message]], bool]:
         errors: list[tuple[int, Message]] = []
@@ -391,7 +355,7 @@ class NetfilterSocket(Closing):
                 continue
             for answer in messages(data):
                 place = answer.sequence - first - 1
-                if answer.kind != _NLMSG_ERROR or not -1 <= place <= count:
+                if answer.kind != ERROR or not -1 <= place <= count:
                     continue
                 if error_code(answer.payload):
                     errors.append((place, answer))
@@ -444,38 +408,3 @@ def _joined(every: Sequence[bytes], first: int) -> bytes:
         U32.pack_into(joined, position + 8, sequence)
         position += len(each)
     return bytes(joined)
-
-
-def _failure(place: int, answer: Message) -> Failure:
-    return Failure(place, error_code(answer.payload), *_details(answer))
-
-
-def error_code(payload: bytes) -> int:
-    """The errno of an error message, or of the end of a dump; 0: it is an acknowledgement."""
-    return -int.from_bytes(payload[:4], "little" if U32.pack(1)[0] else "big", signed=True)
-
-
-def _raise_refusal(answer: Message) -> None:
-    """Raise NetlinkError unless an error message, or the end of a dump, says that all is well."""
-    code = error_code(answer.payload)
-    if code:
-        raise NetlinkError(code, _explanation(answer) or os.strerror(code))
-
-
-def _details(answer: Message) -> tuple[str, int]:
-    """Text and offset that the kernel added to an error, if any."""
-    if not answer.flags & _ACK_ATTRIBUTES or len(answer.payload) < 4 + HEADER.size:
-        return "", 0
-    (length,) = U32.unpack_from(answer.payload, 4)
-    skipped = HEADER.size if answer.flags & _ACK_CAPPED else length + 3 & ~3
-    try:
-        found = attributes(answer.payload[4 + skipped :])
-    except DecodeError:
-        return "", 0
-    text = found.get(_ERROR_TEXT, b"").rstrip(b"\0").decode(errors="replace")
-    offset = found.get(_ERROR_OFFSET, b"")
-    return text, U32.unpack(offset)[0] if len(offset) == U32.size else 0
-
-
-def _explanation(answer: Message) -> str:
-    return _details(answer)[0] if answer.kind == _NLMSG_ERROR else ""

@@ -8,7 +8,7 @@ import msgspec
 
 from rules.dataplane import Applied
 from rules.forwarding import Endpoint, Family, ForwardingTable, NodeFacts
-from rules.netlink.transaction import LostAnswerError, StaleGenerationError, TransactionError
+from rules.netlink.errors import LostAnswerError, StaleGenerationError, TransactionError
 from rules.nftables import names
 from rules.nftables.elements import unpack_hairpin
 from rules.nftables.model import Model

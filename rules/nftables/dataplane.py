@@ -18,12 +18,8 @@ import msgspec
 from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, UnavailableError
 from rules.forwarding import Delta, Family, ForwardingTable, Frontend, NodeFacts, Route, difference
 from rules.netlink.attributes import DecodeError
-from rules.netlink.transaction import (
-    NetfilterSocket,
-    NetlinkError,
-    StaleGenerationError,
-    TransactionError,
-)
+from rules.netlink.errors import NetlinkError, StaleGenerationError, TransactionError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables import names
 from rules.nftables.adopt import Adopted, facts_of
 from rules.nftables.attempts import Attempts, Plan, Written

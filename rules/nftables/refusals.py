@@ -18,7 +18,7 @@ from typing import NamedTuple
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family, Frontend
 from rules.netlink.attributes import HEAD, HEADER, DecodeError, attribute_list, attributes, pad, text_of
-from rules.netlink.transaction import Failure, TransactionError
+from rules.netlink.errors import Failure, TransactionError
 from rules.nftables.describe import describe_message
 from rules.nftables.messages import decode_elements, key_at
 from rules.nftables.model import Model

@@ -11,7 +11,8 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from rules.forwarding import Family
-from rules.netlink.transaction import NetfilterSocket, NetlinkError
+from rules.netlink.errors import NetlinkError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables.layout import TABLE, Layout
 from rules.nftables.messages import Element, decode_elements, get_elements
 from rules.nftables.objects import (

@@ -17,14 +17,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from rules.netlink.attributes import HEAD, HEADER, attribute_list, attributes, pad, text_of
-from rules.netlink.transaction import (
-    Failure,
-    LostAnswerError,
-    NetfilterSocket,
-    NetlinkError,
-    StaleGenerationError,
-    TransactionError,
-)
+from rules.netlink.errors import Failure, LostAnswerError, NetlinkError, StaleGenerationError, TransactionError
+from rules.netlink.transaction import NetfilterSocket
 
 NEW_CHAIN, NEW_RULE, NEW_SET, NEW_ELEMENT = (10 << 8 | kind for kind in (3, 6, 9, 12))
 

@@ -24,7 +24,8 @@ from rules.forwarding import (
     parse_address,
     parse_prefix,
 )
-from rules.netlink.transaction import NetfilterSocket, NetlinkError, StaleGenerationError, TransactionError
+from rules.netlink.errors import NetlinkError, StaleGenerationError, TransactionError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables import names
 from rules.nftables.adopt import facts_of
 from rules.nftables.layout import COMMON_COUNTS, TABLE, build

@@ -43,7 +43,8 @@ from rules.forwarding import (
     SourcePrefix,
     merge_prefixes,
 )
-from rules.netlink.transaction import NetfilterSocket, NetlinkError, TransactionError
+from rules.netlink.errors import NetlinkError, TransactionError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables import names
 from rules.nftables.dataplane import NftablesDataplane, watch_tables
 from rules.nftables.elements import ENDPOINT_MAPS

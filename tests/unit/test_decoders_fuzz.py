@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from rules.forwarding import Family, ForwardingTable, NodeFacts
 from rules.netlink.attributes import HEADER, DecodeError, attribute, nested
-from rules.netlink.transaction import Failure, NetfilterSocket, NetlinkError, TransactionError
+from rules.netlink.errors import Failure, NetlinkError, TransactionError
+from rules.netlink.transaction import NetfilterSocket
 from rules.nftables import adopt, names
 from rules.nftables.chains import pick_count
 from rules.nftables.decode import decode

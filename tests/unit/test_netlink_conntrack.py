@@ -23,7 +23,7 @@ from rules.netlink.conntrack import (
     list_request,
 )
 from rules.netlink.conntrack_table import Conntrack
-from rules.netlink.transaction import Failure, NetlinkError
+from rules.netlink.errors import Failure, NetlinkError
 
 RECORDED = bytes.fromhex(
     # Linux 6.18: 10.1.0.9:1019 -> 192.168.1.1:30053/UDP, translated to 10.244.0.2:5353, unanswered.

@@ -7,18 +7,15 @@ import struct
 import pytest
 
 from rules.netlink.attributes import DecodeError, be32, messages
-from rules.netlink.transaction import (
+from rules.netlink.errors import (
     Failure,
     LostAnswerError,
-    NetfilterSocket,
     NetlinkError,
     StaleGenerationError,
     TransactionError,
-    attributes_of,
     error_code,
-    family_of,
-    netfilter_message,
 )
+from rules.netlink.transaction import NetfilterSocket, attributes_of, family_of, netfilter_message
 
 _CAPPED, _TLVS = 0x100, 0x200
 

@@ -6,7 +6,7 @@ import pytest
 
 from rules.forwarding import Family
 from rules.netlink.attributes import HEADER
-from rules.netlink.transaction import NetlinkError
+from rules.netlink.errors import NetlinkError
 from rules.nftables.layout import TABLE
 from rules.nftables.messages import INTERVAL_END, Element, add_elements
 from rules.nftables.state import read_elements, read_static
