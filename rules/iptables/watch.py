@@ -23,6 +23,7 @@ from rules.dataplane import Touch
 from rules.forwarding import Family
 from rules.iptables.programs import Backend
 from rules.iptables.text import PREFIX, TABLES
+from rules.netlink.transaction import NetfilterSocket, attributes_of, netfilter_message
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -75,16 +76,11 @@ class _Legacy:
 
 class _Nft:
     def __init__(self, family: Family) -> None:
-        # pyroute2, which nothing else of this dataplane needs.
-        from rules.netlink.transaction import NetfilterSocket  # noqa: PLC0415
-
         self._socket = NetfilterSocket()
         self._family = family
         self._last: tuple[int, Hashable] | None = None
 
     def take(self) -> Hashable:
-        from rules.netlink.transaction import attributes_of, netfilter_message  # noqa: PLC0415  # likewise
-
         generation = self._socket.generation()
         if self._last is None or self._last[0] != generation:
             ours = PREFIX.encode()
