@@ -92,12 +92,6 @@ REFUSE = {
 }
 """Refuse what goes to a frontend of a kind; it is the same for all of them, and tells them apart for `read`."""
 
-TREES = {
-    NAT: (BY_ADDRESS, BY_NODE_PORT, HAIRPINS),
-    FILTER: (REFUSALS, NODE_PORT_REFUSALS, CLUSTER_IPS, HEALTH_CHECKS),
-}
-"""Root chains, whose content Services make."""
-
 SOURCE_IS_LOCAL = "-m addrtype --src-type LOCAL"
 _NEW = "-m conntrack --ctstate NEW"
 # A connection to a backend may go to a port that is a refused node port: what is translated is never refused.

@@ -61,9 +61,6 @@ SCHEDULERS = {"round-robin": "rr", "least-connections": "lc"}
 DEFAULT_SCHEDULER = "rr"
 _NAMES = {kernel: name for name, kernel in SCHEDULERS.items()}
 
-NODE_SETS = (Set.NODE_ADDRESS, Set.SERVICE_CIDR, Set.HEALTH_CHECK)
-"""Those that the node's facts fill."""
-
 
 class Server(NamedTuple):
     """A virtual server with its real ones, those that drain aside."""

@@ -43,7 +43,6 @@ _FAMILY, _PROTOCOL, _ADDRESS, _PORT, _MARK, _SCHEDULER, _FLAGS, _TIMEOUT, _NETMA
 _REAL_ADDRESS, _REAL_PORT, _METHOD, _WEIGHT, _UPPER, _LOWER, _ACTIVE, _INACTIVE = 1, 2, 3, 4, 5, 6, 7, 8
 _TUNNEL_TYPE, _TUNNEL_PORT, _TUNNEL_FLAGS = 13, 14, 15
 _MASQUERADE, _METHODS = 0, 7
-_INFO_VERSION, _INFO_TABLE = 1, 2
 
 _GENERIC = struct.Struct("=BBH")
 """struct genlmsghdr: command, version, nothing."""
@@ -120,14 +119,6 @@ class Held(NamedTuple):
     """Whether it has what none of ours has: real servers without NAT, a netmask, a persistence engine."""
 
 
-class Info(NamedTuple):
-    """The kernel's IPVS."""
-
-    version: tuple[int, int, int]
-    table_size: int
-    """Buckets of its connection table."""
-
-
 class Timeouts(NamedTuple):
     """Seconds after which idle connections are forgotten."""
 
@@ -181,7 +172,7 @@ def get_reals(key: Key) -> bytes:
 
 
 def get_info() -> bytes:
-    """Ask for `Info`."""
+    """Ask whether IPVS answers us; what it says of itself doesn't matter."""
     return _GENERIC.pack(_GET_INFO, _VERSION, 0)
 
 
@@ -355,13 +346,6 @@ def decode_real(family: Family, data: bytes, start: int = 0, end: int | None = N
     target = Target(address[: family.address_bytes], int.from_bytes(port))
     masquerading = _number(found, _METHOD) & _METHODS == _MASQUERADE
     return target, Real(_number(found, _WEIGHT), _number(found, _ACTIVE), _number(found, _INACTIVE), masquerading)
-
-
-def decode_info(payload: bytes) -> Info:
-    """Raises DecodeError."""
-    found = attributes(_attributes_of(payload))
-    version = _number(found, _INFO_VERSION)
-    return Info((version >> 16 & 0xFF, version >> 8 & 0xFF, version & 0xFF), _number(found, _INFO_TABLE))
 
 
 def decode_timeouts(payload: bytes) -> Timeouts:

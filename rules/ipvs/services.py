@@ -26,7 +26,6 @@ from rules.ipvs.messages import (
     SCHEDULER_1,
     SCHEDULER_2,
     Held,
-    Info,
     Key,
     Real,
     Target,
@@ -51,7 +50,6 @@ __all__ = [
     "SCHEDULER_1",
     "SCHEDULER_2",
     "Held",
-    "Info",
     "Ipvs",
     "Key",
     "Real",
@@ -109,16 +107,11 @@ class Ipvs(Closing):
             absent=lambda error: f"IPVS doesn't answer: {error}",
         ):
             self._family = self._number()
-            self._info = messages.decode_info(self._socket.request(self._message(messages.get_info())))
+            self._socket.request(self._message(messages.get_info()))
 
     def close(self) -> None:
         """Give back the socket; the servers stay."""
         self._socket.close()
-
-    @property
-    def info(self) -> Info:
-        """What the kernel said of its IPVS when the socket was opened."""
-        return self._info
 
     # --- reading ---------------------------------------------------------------------------------------------
 

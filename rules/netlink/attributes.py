@@ -29,7 +29,6 @@ MAX_VALUE = 0xFFFF - HEAD.size
 """The most bytes that one attribute can hold: its length is a 16-bit number."""
 
 REQUEST = 0x1
-MULTI = 0x2
 ACK = 0x4
 DUMP_INTERRUPTED = 0x10
 DUMP = 0x300

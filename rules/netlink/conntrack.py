@@ -32,7 +32,6 @@ from rules.netlink.attributes import (
     be32,
     be32_of,
     nested,
-    parse_be32,
     parse_u8,
     u8,
 )
@@ -319,9 +318,3 @@ def _parse_port(value: bytes) -> int:
     if len(value) != 2:
         raise DecodeError(f"a port of {len(value)} bytes")
     return int.from_bytes(value)
-
-
-def identity_of(flow: Flow) -> int | None:
-    """The kernel's number for an entry; raises DecodeError."""
-    value = attributes(flow.rest).get(_ID)
-    return None if value is None else parse_be32(value)

@@ -158,28 +158,6 @@ class Ipsets(Closing):
         """
         return self._change(spec, dict.fromkeys(elements, NOTHING), ipset_messages.delete_request)
 
-    def flush(self, name: str) -> None:
-        """Delete all elements.
-
-        Raises:
-            DataplaneError: there is no such set.
-        """
-        try:
-            self._socket.perform(ipset_messages.flush_request(name))
-        except OSError as error:
-            raise DataplaneError(f"ipset {name} could not be emptied: {_words(error)}") from None
-
-    def swap(self, one: str, other: str) -> None:
-        """Have two sets of one type exchange their names, at once for every rule.
-
-        Raises:
-            DataplaneError: one isn't there, or their types differ.
-        """
-        try:
-            self._socket.perform(ipset_messages.swap_request(one, other))
-        except OSError as error:
-            raise DataplaneError(f"ipsets {one} and {other} could not be swapped: {_words(error)}") from None
-
     def destroy(self, name: str) -> bool:
         """Destroy a set; whether there was one.
 

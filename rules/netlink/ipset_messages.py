@@ -43,11 +43,10 @@ _AF_INET = Family.IPV4.af
 _PROTOCOL_VERSION = 6
 """The lowest that kernels still speak (since 4.20 they prefer 7, which adds nothing that is used here)."""
 
-_PROTOCOL_COMMAND, _CREATE, _DESTROY, _FLUSH, _SWAP, _LIST, _ADD, _DELETE = 1, 2, 3, 4, 6, 7, 9, 10
+_PROTOCOL_COMMAND, _CREATE, _DESTROY, _LIST, _ADD, _DELETE = 1, 2, 3, 7, 9, 10
 
 # Of a message.
 _PROTOCOL, _NAME, _TYPE, _REVISION, _FAMILY, _FLAGS, _DATA, _LIST_OF_DATA, _LINE = 1, 2, 3, 4, 5, 6, 7, 8, 9
-_OTHER_NAME = 3
 _NAMES_ALONE, _HEADERS_ALONE = 1 << 1, 1 << 2
 # Of a set.
 _CREATE_FLAGS, _FIRST_PORT, _LAST_PORT, _HASH_SIZE, _MOST = 8, 4, 5, 18, 19
@@ -210,16 +209,6 @@ def create_request(spec: SetSpec) -> bytes:
 def destroy_request(name: str) -> bytes:
     """Destroy a set; ENOENT: there is none."""
     return _request(_DESTROY, text(_NAME, name), flags=EXCLUSIVE)
-
-
-def flush_request(name: str) -> bytes:
-    """Empty a set; ENOENT: there is none."""
-    return _request(_FLUSH, text(_NAME, name))
-
-
-def swap_request(one: str, other: str) -> bytes:
-    """Exchange the names of two sets."""
-    return _request(_SWAP, text(_NAME, one), text(_OTHER_NAME, other))
 
 
 def names_request() -> bytes:

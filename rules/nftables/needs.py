@@ -26,9 +26,6 @@ class Needs(NamedTuple):
         return self.counts <= other.counts and self.timeouts <= other.timeouts and self.lengths <= other.lengths
 
 
-NO_NEEDS = Needs(frozenset(), frozenset(), frozenset())
-
-
 def needs_of(routes: Iterable[Route]) -> Needs:
     """What these routes presuppose."""
     counts: set[int] = set()

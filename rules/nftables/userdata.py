@@ -57,14 +57,6 @@ def parse_comment(data: bytes) -> str:
         return ""
 
 
-def parse_set_comment(data: bytes) -> str:
-    """The comment in the userdata of a set; empty when there is none or none to be read."""
-    try:
-        return fields(data).get(_SET_COMMENT, b"").rstrip(b"\0").decode()
-    except UnicodeDecodeError:
-        return ""
-
-
 def fields(data: bytes) -> dict[int, bytes]:
     """The fields of userdata by type, as far as they make sense."""
     found = {}
@@ -143,11 +135,6 @@ def encode_set(key: Presentation, data: Presentation | None, comment: str = "") 
     if comment:
         encoded += field(_SET_COMMENT, comment.encode() + b"\0")
     return encoded
-
-
-def without_comment(data: bytes) -> bytes:
-    """The userdata of a set less its comment."""
-    return b"".join(field(kind, value) for kind, value in fields(data).items() if kind != _SET_COMMENT)
 
 
 def _typeof(kind: int, data: bytes) -> bytes:

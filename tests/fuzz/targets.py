@@ -26,7 +26,7 @@ from rules.nftables import objects as nftables_objects
 from rules.nftables import trace as nftables_trace
 from rules.nftables.layout import TABLE
 from rules.nftables.messages import Element, add_elements, decode_elements
-from rules.nftables.userdata import parse_comment, parse_set_comment
+from rules.nftables.userdata import parse_comment
 
 _DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -77,7 +77,6 @@ def netlink_nftables(data: bytes) -> None:
         nftables_objects.decode_set,
         lambda payload: decode_elements([payload]),
         parse_comment,
-        parse_set_comment,
     )
     payloads = [data]
     with contextlib.suppress(DecodeError):
@@ -101,7 +100,7 @@ def netlink_conntrack(data: bytes) -> None:
 def netlink_ipvs(data: bytes) -> None:
     """What kernels say of virtual and real servers, and of ipsets."""
     decoders: tuple[Callable[[bytes], object], ...] = (
-        *(ipvs_messages.decode_server, ipvs_messages.decode_info, ipvs_messages.decode_timeouts),
+        *(ipvs_messages.decode_server, ipvs_messages.decode_timeouts),
         *(functools.partial(ipvs_messages.decode_real, family) for family in Family),
         *(lambda payload: ipset_messages.decode_set([payload]), ipset_messages.decode_size),
         ipset_messages.refused_place,

@@ -14,8 +14,9 @@ import pytest
 
 from rules.forwarding import Backend, Endpoint, Family, Protocol, parse_address
 from rules.netlink.attributes import CREATE, EXCLUSIVE, attribute, be32, nested, u8
-from rules.netlink.conntrack import ANSWERED, DESTINATION_NAT, SOURCE_NAT, Flow, Match, identity_of
+from rules.netlink.conntrack import ANSWERED, DESTINATION_NAT, SOURCE_NAT, Flow, Match
 from rules.netlink.conntrack_table import Conntrack
+from rules.netlink.counters import measure
 from rules.netlink.transaction import NetfilterSocket, netfilter_message
 from tests.netns.agent import Agent
 from tests.netns.asking import eventually, nft
@@ -146,7 +147,7 @@ def test_entries_are_read_as_they_were_made(family: Family, insert: Callable[...
     }
     for flow in flows:
         assert flow.translated == bool(flow.status & DESTINATION_NAT) == (flow.backend in entries.pods)
-        assert identity_of(flow)
+        assert measure(flow).identity
 
 
 @pytest.mark.parametrize("family", Family)
@@ -347,7 +348,7 @@ class Kitchen:
     def identity(self, client: Client) -> int | None:
         """The number of a client's entry in node1's kernel: another entry has another."""
         flow = self.flows().get(client.port)
-        return identity_of(flow) if flow else None
+        return measure(flow).identity if flow else None
 
     def until_gone(self, client: Client, before: int | None) -> None:
         eventually(lambda: self.identity(client) != before, "the stale flow is there still: its deletion")
@@ -474,7 +475,7 @@ def test_CT_4_flows_from_before_a_service_was_there_come_to_it(kitchen: Kitchen)
     spec |= {"externalIPs": [address]}
     spec["ports"][0]["port"] = 8053
     kitchen.apply(objects)
-    kitchen.until_gone(client, identity_of(flow))
+    kitchen.until_gone(client, measure(flow).identity)
     assert client.ask() == "p1"
 
 

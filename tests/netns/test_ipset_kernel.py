@@ -150,15 +150,12 @@ def test_a_set_of_the_name_that_is_another_is_told_and_left_alone(ipsets: Ipsets
     assert ipsets.held(SPEC.name) == HeldSet(SPEC, {Element(VIP, 6, 80): NOTHING})
 
 
-def test_sets_are_swapped_emptied_and_destroyed(ipsets: Ipsets) -> None:
+def test_sets_are_counted_and_destroyed(ipsets: Ipsets) -> None:
     other = SPEC._replace(name="SLUICE-NEXT")
     for each in (SPEC, other):
         ipsets.create(each)
     ipsets.add(SPEC, {Element(VIP, 6, 80): NOTHING})
-    ipsets.swap(SPEC.name, other.name)
-    assert ipsets.sizes() == {SPEC.name: 0, other.name: 1}
-    ipsets.flush(other.name)
-    assert ipsets.sizes() == {SPEC.name: 0, other.name: 0}
+    assert ipsets.sizes() == {SPEC.name: 1, other.name: 0}
     assert ipsets.destroy(other.name)
     assert not ipsets.destroy(other.name)
     assert ipsets.names() == {SPEC.name}
@@ -168,10 +165,6 @@ def test_sets_are_swapped_emptied_and_destroyed(ipsets: Ipsets) -> None:
 def test_what_is_not_there_is_named(ipsets: Ipsets) -> None:
     with pytest.raises(DataplaneError, match="ipset SLUICE-TEST could not be changed: there is no such set"):
         ipsets.add(SPEC, {Element(VIP, 6, 80): NOTHING})
-    with pytest.raises(DataplaneError, match="ipset nowhere could not be emptied: there is no such set"):
-        ipsets.flush("nowhere")
-    with pytest.raises(DataplaneError, match="ipsets nowhere and elsewhere could not be swapped"):
-        ipsets.swap("nowhere", "elsewhere")
 
 
 @pytest.mark.skipif(shutil.which("iptables") is None, reason="iptables is not installed")

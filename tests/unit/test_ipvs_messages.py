@@ -15,7 +15,6 @@ from rules.forwarding import Family, Protocol, parse_address
 from rules.ipvs.messages import (
     PERSISTENT,
     SCHEDULER_2,
-    Info,
     Key,
     Real,
     Target,
@@ -23,7 +22,6 @@ from rules.ipvs.messages import (
     VirtualServer,
     add_real,
     add_server,
-    decode_info,
     decode_real,
     decode_server,
     decode_timeouts,
@@ -219,7 +217,6 @@ def test_what_a_kernel_says_of_a_real_server_is_what_ipvsadm_made(command: str) 
 
 
 def test_what_a_kernel_says_of_itself() -> None:
-    assert decode_info(SAID["info"][1]) == Info((1, 2, 1), 4096)
     assert decode_timeouts(SAID["timeouts"][1]) == Timeouts(900, 120, 300)
 
 
@@ -229,6 +226,6 @@ def test_mutated_answers_raise_nothing_but_decode_errors(data: st.DataObject) ->
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, min(99, len(raw) - 1)))] = data.draw(st.integers(0, 255))
     cut = bytes(raw[: data.draw(st.integers(0, len(raw)))])
-    for decode in (decode_server, decode_info, decode_timeouts, lambda each: decode_real(Family.IPV6, each)):
+    for decode in (decode_server, decode_timeouts, lambda each: decode_real(Family.IPV6, each)):
         with contextlib.suppress(DecodeError):
             decode(cut)

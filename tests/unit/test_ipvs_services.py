@@ -12,7 +12,7 @@ import pytest
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family, Protocol, parse_address
 from rules.ipvs.node import check_scheduler, sysctls
-from rules.ipvs.services import Info, Ipvs, Key, Refused, VirtualServer, add_server
+from rules.ipvs.services import Ipvs, Key, Refused, VirtualServer, add_server
 from rules.netlink.attributes import U32, Message, attribute, attributes, messages, parse_text
 
 FAMILY = 31
@@ -98,7 +98,7 @@ WEB = VirtualServer(Key(Family.IPV4, Protocol.TCP, parse_address("10.96.0.1"), 8
 
 def test_opening_asks_for_the_family_and_what_it_is(opened: Open) -> None:
     kernel = FakeKernel()
-    assert opened(kernel).info == Info((1, 2, 1), 4096)
+    opened(kernel)
     assert kernel.commands == [GET_INFO]
 
 

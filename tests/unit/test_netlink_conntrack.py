@@ -19,10 +19,10 @@ from rules.netlink.conntrack import (
     decode,
     delete_one_request,
     delete_request,
-    identity_of,
     list_request,
 )
 from rules.netlink.conntrack_table import Conntrack
+from rules.netlink.counters import measure
 from rules.netlink.errors import Failure, NetlinkError
 
 RECORDED = bytes.fromhex(
@@ -89,7 +89,7 @@ def test_an_entry_as_a_kernel_sent_it() -> None:
     assert not flow.status & ANSWERED
     assert flow.translated
     assert not flow.masqueraded
-    assert identity_of(flow) == 0xC8B6E3A8
+    assert measure(flow).identity == 0xC8B6E3A8
 
 
 @given(flows())
