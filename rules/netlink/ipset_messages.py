@@ -47,7 +47,7 @@ _PROTOCOL_COMMAND, _CREATE, _DESTROY, _LIST, _ADD, _DELETE = 1, 2, 3, 7, 9, 10
 
 # Of a message.
 _PROTOCOL, _NAME, _TYPE, _REVISION, _FAMILY, _FLAGS, _DATA, _LIST_OF_DATA, _LINE = 1, 2, 3, 4, 5, 6, 7, 8, 9
-_NAMES_ALONE, _HEADERS_ALONE = 1 << 1, 1 << 2
+_HEADERS_ALONE = 1 << 2
 # Of a set.
 _CREATE_FLAGS, _FIRST_PORT, _LAST_PORT, _HASH_SIZE, _MOST = 8, 4, 5, 18, 19
 _ELEMENTS, _REFERENCES = 24, 25
@@ -211,11 +211,6 @@ def destroy_request(name: str) -> bytes:
     return _request(_DESTROY, text(_NAME, name), flags=EXCLUSIVE)
 
 
-def names_request() -> bytes:
-    """Ask for the names of all sets, as a dump."""
-    return _request(_LIST, _be32(_FLAGS, _NAMES_ALONE))
-
-
 def sizes_request() -> bytes:
     """Ask for all sets without their elements, as a dump."""
     return _request(_LIST, _be32(_FLAGS, _HEADERS_ALONE))
@@ -320,11 +315,6 @@ def _be16(kind: int, value: int) -> bytes:
 
 
 # --- answers -------------------------------------------------------------------------------------------------
-
-
-def decode_name(payload: bytes) -> str:
-    """The name in an answer to `names_request`; raises DecodeError."""
-    return text_of(attributes(attributes_of(payload)), _NAME)
 
 
 def decode_size(payload: bytes) -> tuple[str, int]:

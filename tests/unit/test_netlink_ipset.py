@@ -20,7 +20,6 @@ from rules.netlink.ipset import NOTHING, Element, Extra, HeldSet, Ipsets, SetSpe
 from rules.netlink.ipset_messages import (
     add_request,
     create_request,
-    decode_name,
     decode_set,
     decode_size,
     packed,
@@ -154,7 +153,6 @@ def test_a_set_is_read_with_marks_and_comments() -> None:
         },
     )
     assert decode_size(MARKED) == ("a", 2)
-    assert decode_name(MARKED) == "a"
 
 
 def test_a_set_with_other_options_than_ours_is_none_of_ours() -> None:
@@ -175,7 +173,7 @@ def test_mutated_sets_raise_nothing_but_decode_errors(data: st.DataObject) -> No
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(raw[: data.draw(st.integers(0, len(raw)))])
-    for decode in (lambda each: decode_set([each]), decode_size, decode_name, refused_place):
+    for decode in (lambda each: decode_set([each]), decode_size, refused_place):
         with contextlib.suppress(DecodeError):
             decode(cut)
 
