@@ -267,10 +267,10 @@ class Counting:
         lost = self._events.lost
         try:
             while flows := self._events.take():
-                for each in by_family(flows):
-                    ledger = self._ledgers.get(each[0])
+                for family, ended in by_family(flows):
+                    ledger = self._ledgers.get(family)
                     if ledger is not None:
-                        ledger.end(each[1])
+                        ledger.end(ended)
                 if self._stop.is_set():
                     return
         except (OSError, DecodeError) as error:

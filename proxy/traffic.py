@@ -48,7 +48,7 @@ def main(
     counted, why = count(shown, problems, run_directory, open_conntrack)
     if wanted != Filter():
         shown = [each._replace(table=select(each.table, wanted.admits)) for each in shown]
-    rows = [row for row in counted.rows if _is_shown(row, shown)]
+    rows = _of_tables(counted.rows, shown)
     nothing = [] if rows else ["nothing has passed any Service that is asked about"]
     for problem in (*problems, *([why] if why else []), *counted.report.problems, *nothing):
         sys.stderr.write(f"sluice dump: {problem}\n")
@@ -92,13 +92,16 @@ def count(
     return Counted("open flows", Report(on=False), rows), f"{why}: this is of the flows that are open, and no others"
 
 
-def _is_shown(row: Row, shown: Iterable[Shown]) -> bool:
-    for each in shown:
-        if each.table.family.label == row.family:
-            for frontend, route in each.table.routes.items():
-                if row.frontend == str(frontend) or (not row.frontend and row.service == route.label):
-                    return True
-    return False
+def _of_tables(rows: Iterable[Row], shown: Iterable[Shown]) -> list[Row]:
+    """The rows of frontends that tables have; of service ports, where rows name no frontend."""
+    routes = [(each.table.family.label, *each_route) for each in shown for each_route in each.table.routes.items()]
+    frontends = {(family, str(frontend)) for family, frontend, _ in routes}
+    services = {(family, route.label) for family, _, route in routes}
+    return [
+        row
+        for row in rows
+        if ((row.family, row.frontend) in frontends if row.frontend else (row.family, row.service) in services)
+    ]
 
 
 def _lines(rows: Iterable[Row], *, wide: bool) -> Iterator[str]:

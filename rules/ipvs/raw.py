@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 
 from rules.dataplane import RawItem
 from rules.forwarding import Address, Backend, Family, ForwardingTable, Frontend, format_address
@@ -33,8 +34,9 @@ def raw_items(family: Family, found: Found, reading: Reading) -> Iterator[RawIte
     table = reading.table
     marks = scheme(table.node.mark)
     owners = {number: frontend for (frontend, _), number in reading.numbers.items()}
+    tenants = _tenants(table.routes)
 
-    def serves(what: Key | Element | Address) -> tuple[Frontend, ...]:
+    def serves(what: Key | Element) -> tuple[Frontend, ...]:
         return frontends_of(what, table, owners, marks)
 
     for jump in found.saved.jumps:
@@ -61,4 +63,12 @@ def raw_items(family: Family, found: Found, reading: Reading) -> Iterator[RawIte
             yield RawItem(1, words, serves(key))
     yield RawItem(0, f"device {NAME}")
     for address in sorted(found.state.addresses):
-        yield RawItem(1, format_address(address), serves(address))
+        yield RawItem(1, format_address(address), tuple(tenants.get(address, ())))
+
+
+def _tenants(frontends: Iterable[Frontend]) -> Mapping[Address, list[Frontend]]:
+    """Which frontends have an address."""
+    found = defaultdict[Address, list[Frontend]](list)
+    for each in frontends:
+        found[each.address].append(each)
+    return found

@@ -14,7 +14,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rules.forwarding import Protocol
-from rules.netlink.attributes import HEAD, HEADER, NESTED, DecodeError, attribute, attributes, parse_be32, parse_be64
+from rules.netlink.attributes import (
+    HEAD,
+    HEADER,
+    NESTED,
+    DecodeError,
+    attribute,
+    attributes,
+    messages,
+    parse_be32,
+    parse_be64,
+)
 from rules.netlink.closing import Closing
 from rules.netlink.conntrack import DESTINATION_NAT, Flow, decode
 from rules.netlink.filters import (
@@ -172,13 +182,8 @@ class EndedFlows(Closing):
 
 def _ended(data: bytes) -> Iterator[Flow]:
     """The flows that a datagram tells of; what is no event is passed over, and so is the rest of its datagram."""
-    position, end = 0, len(data)
     with contextlib.suppress(DecodeError):
-        while end - position >= HEADER.size:
-            length = HEADER.unpack_from(data, position)[0]
-            if length < HEADER.size or position + length > end:
-                return
-            flow = decode(data, position + HEADER.size, position + length, event=True)
+        for each in messages(data):
+            flow = decode(each.payload, 0, len(each.payload), event=True)
             if flow is not None:
                 yield flow
-            position += length + 3 & ~3
