@@ -78,13 +78,15 @@ def count(
     except AgentError as error:
         why = str(error)
     rows = []
-    for table in (each.table for each in shown):
+    for name, table in shown:
+        # IPVS translates by itself: its flows lack the bit.
+        status = 0 if name == "ipvs" else DESTINATION_NAT
         ledger = Ledger(table.family, lambda table=table: table.routes)  # type: ignore[misc]  # each its own table
         try:
             with open_conntrack(table.family) as conntrack:
                 ledger.begin()
                 for protocol in Protocol:
-                    ledger.see(conntrack.flows(protocol, DESTINATION_NAT))
+                    ledger.see(conntrack.flows(protocol, status))
                 ledger.finish()
         except (OSError, ValueError) as error:
             problems.append(f"connection tracking of {table.family.label}: {error}")

@@ -13,6 +13,7 @@ from proxy import cli, traffic
 from proxy.agent_socket import AgentError, NoAgentError
 from proxy.counters import OTHERS, Report, Row, Traffic
 from proxy.dump import Filter
+from proxy.output import Shown
 from proxy.serving.traffic import TrafficCollector
 from rules.forwarding import Backend, Family, ForwardingTable, Frontend, Kind, Protocol, Route, parse_address
 from rules.netlink.counters import Counts
@@ -105,6 +106,21 @@ def test_open_flows_where_nobody_counts(monkeypatch, capsys, answer, why):
     captured = capsys.readouterr()
     assert captured.err == f"sluice dump: {why}this is of the flows that are open, and no others\n"
     assert captured.out.splitlines()[1].split() == ["default/web:http", "TCP", "1", "1", "5", "500", "4", "9000"]
+
+
+def test_open_flows_of_mode_ipvs_which_no_NAT_has_translated(monkeypatch):
+    class Table:
+        def flows(self, protocol: Protocol, status: int = 0) -> Any:
+            found = [flow(1, Counts(5, 500, 4, 9000), status=0)] if protocol is Protocol.TCP else []
+            return iter([each for each in found if each.status & status == status])
+
+    def nobody(_: str) -> Any:
+        raise NoAgentError
+
+    monkeypatch.setattr(traffic.agent_socket, "status", nobody)
+    shown = [Shown("ipvs", ForwardingTable(family=Family.IPV4, routes=ROUTES))]
+    counted, _ = traffic.count(shown, [], "/nowhere", lambda _: contextlib.nullcontext(Table()))
+    assert [row.traffic.bytes_out for row in counted.rows] == [9000]
 
 
 def test_what_is_wrong_with_the_counters_is_told(monkeypatch, capsys):
