@@ -10,9 +10,7 @@ with all Services, and the period between syncs is what batches changes.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -35,7 +33,7 @@ from rules.iptables.programs import (
 from rules.iptables.restores import Restore, Tally, from_saved, owners, removal, restore
 from rules.iptables.rulesets import changed_chains
 from rules.iptables.text import TABLES, Saved, TextError, parse
-from rules.iptables.watch import Signature, signature
+from rules.iptables.watch import OwnWrites, signature
 
 _LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
 _NOTES = 10
@@ -62,11 +60,7 @@ class IptablesDataplane:
         self._tally = Tally({table: {} for table in TABLES})
         self._failed = self._failed_partial = 0
         """Restores that were refused since the last `Applied`; those of them that wrote changes alone."""
-        self._busy = threading.Lock()
-        """Held while rules are written, so that a watch doesn't take that for another process."""
-        self._signature: Signature | None = None
-        self._undisturbed: Hashable = None
-        """What the signature was after the last write; None: it isn't known."""
+        self._own_writes = OwnWrites(lambda: signature(family, self._programs.backend))
 
     @property
     def family(self) -> Family:
@@ -120,7 +114,7 @@ class IptablesDataplane:
 
     def sync(self, table: ForwardingTable) -> Applied:
         """Make the kernel hold `table`; see `rules.dataplane.Dataplane`."""
-        with self._writing():
+        with self._own_writes.writing():
             return self._sync(table)
 
     def _sync(self, table: ForwardingTable) -> Applied:
@@ -188,7 +182,7 @@ class IptablesDataplane:
         step = restore(changes)
         waited = ""
         if step:
-            with self._writing():
+            with self._own_writes.writing():
                 try:
                     waited = self._programs.apply(step.text)
                 except RestoreError:
@@ -281,30 +275,9 @@ class IptablesDataplane:
             notes.append(f"iptables-{self.backend} on this node lacks {', '.join(sorted(missing))}")
         return Options(random_fully="random-fully" not in missing, drop_invalid=self._drop_invalid), notes
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._busy:
-            self._undisturbed = None
-            yield
-            if self._signature is not None:
-                with contextlib.suppress(OSError):
-                    self._undisturbed = self._signature.take()
-
     def disturbed(self) -> bool:
         """Whether the rules are others than after the last write, or the last call; see `rules.iptables.watch`."""
-        if not self._busy.acquire(blocking=False):
-            return False
-        try:
-            if self._signature is None:
-                self._signature = signature(self._family, self.backend)
-            now = self._signature.take()
-        except (OSError, ValueError):
-            return False
-        else:
-            before, self._undisturbed = self._undisturbed, now
-            return before is not None and before != now
-        finally:
-            self._busy.release()
+        return self._own_writes.disturbed()
 
     def _fit(self, table: ForwardingTable) -> ForwardingTable:
         """The table as this node can store it."""
@@ -355,10 +328,7 @@ class IptablesDataplane:
 
     def close(self) -> None:
         """End what watches; the rules stay."""
-        with self._busy:
-            if self._signature is not None:
-                self._signature.close()
-                self._signature = None
+        self._own_writes.close()
 
 
 def _remove_all(kinds: Iterable[Programs]) -> bool:

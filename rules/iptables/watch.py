@@ -12,14 +12,15 @@ A rule exchanged for another one of its size stays unnoticed until the next read
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Protocol
 
-from rules.dataplane import Touch
+from rules.dataplane import DataplaneError, Touch
 from rules.forwarding import Family
 from rules.iptables.programs import Backend
 from rules.iptables.text import PREFIX, TABLES
@@ -39,7 +40,7 @@ class Signature(Protocol):
     """Tells something small of the kernel's rules, which a change alters."""
 
     def take(self) -> Hashable:
-        """What it is now.  Raises OSError."""
+        """What it is now.  Raises OSError or DataplaneError."""
 
     def close(self) -> None: ...
 
@@ -90,6 +91,55 @@ class _Nft:
 
     def close(self) -> None:
         self._socket.close()
+
+
+class OwnWrites:
+    """Tells what others write from what we do, by a signature: what it was after our last write, and is now."""
+
+    def __init__(self, open_signature: Callable[[], Signature]) -> None:
+        """By a signature that is opened when somebody asks for the first time, as of many a dataplane nobody does."""
+        self._open = open_signature
+        self._busy = threading.Lock()
+        self._signature: Signature | None = None
+        self._closed = False
+        self._undisturbed: Hashable = None
+        """What the signature was after the last write; None: it isn't known."""
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While we write: nobody takes that for another process, and from then on it is what is expected."""
+        with self._busy:
+            self._undisturbed = None
+            yield
+            if self._signature is not None:
+                with contextlib.suppress(OSError, DataplaneError):
+                    self._undisturbed = self._signature.take()
+
+    def disturbed(self) -> bool:
+        """Whether the signature is another than after our last write, or the last call; not so while we write."""
+        if not self._busy.acquire(blocking=False):
+            return False
+        try:
+            if self._closed:
+                return False
+            if self._signature is None:
+                self._signature = self._open()
+            now = self._signature.take()
+        except (OSError, ValueError, DataplaneError):
+            return False
+        else:
+            before, self._undisturbed = self._undisturbed, now
+            return before is not None and before != now
+        finally:
+            self._busy.release()
+
+    def close(self) -> None:
+        """Give back the signature; nothing disturbs any more."""
+        with self._busy:
+            self._closed = True
+            if self._signature is not None:
+                self._signature.close()
+                self._signature = None
 
 
 class Watched(Protocol):

@@ -10,9 +10,7 @@ steps are planned again without it, so that none is opened half.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 
 import msgspec
 
@@ -27,7 +25,7 @@ from rules.forwarding import (
     Prefix,
 )
 from rules.iptables.programs import Backend
-from rules.iptables.watch import Signature, signature
+from rules.iptables.watch import OwnWrites, signature
 from rules.ipvs import sets
 from rules.ipvs.chains import TABLES, Wanted, build, difference
 from rules.ipvs.decode import Context, Reading, decode
@@ -89,11 +87,7 @@ class IpvsDataplane:
         self._kernel = Kernel(family, [each for each in self._options.excluded if _is_of(family, each)], backend)
         self._known: Known | None = None
         self._timeouts_set = False
-        self._busy = threading.Lock()
-        """Held while anything is written, so that a watch doesn't take that for another process."""
-        self._signature: Signature | None = None
-        self._undisturbed: Hashable = None
-        """What the signature was after the last write; None: it isn't known."""
+        self._own_writes = OwnWrites(lambda: _Signature(self._kernel, family))
 
     @property
     def family(self) -> Family:
@@ -135,7 +129,7 @@ class IpvsDataplane:
 
     def sync(self, table: ForwardingTable) -> Applied:
         """Make the kernel hold `table`; see `rules.dataplane.Dataplane`."""
-        with self._writing():
+        with self._own_writes.writing():
             self._set_timeouts()
             fitting = fit(msgspec.structs.replace(table, damage=frozenset()), self.capabilities)
             refused: dict[Frontend, str] = {}
@@ -217,7 +211,7 @@ class IpvsDataplane:
 
     def apply(self, delta: Delta) -> Applied:
         """Apply `delta` to what was written last; see `rules.dataplane.Dataplane`."""
-        with self._writing():
+        with self._own_writes.writing():
             known, self._known = self._known, None
             if known is None:
                 raise DataplaneError("nothing is known of the kernel's servers: a sync must come first")
@@ -239,39 +233,12 @@ class IpvsDataplane:
 
     # --- watching ----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._busy:
-            self._undisturbed = None
-            yield
-            if self._signature is not None:
-                with contextlib.suppress(OSError, DataplaneError):
-                    self._undisturbed = self._take_signature()
-
     def disturbed(self) -> bool:
         """Whether something is other than after the last write, or the last call: rules, the sizes of sets, addresses.
 
         Servers that somebody changes are seen by the next sync, which comes every syncPeriod (IPVS-28).
         """
-        if not self._busy.acquire(blocking=False):
-            return False
-        try:
-            if self._signature is None:
-                self._signature = signature(self._family, self.backend, TABLES)
-            now = self._take_signature()
-        except (OSError, ValueError, DataplaneError):
-            return False
-        else:
-            before, self._undisturbed = self._undisturbed, now
-            return before is not None and before != now
-        finally:
-            self._busy.release()
-
-    def _take_signature(self) -> Hashable:
-        assert self._signature is not None
-        sizes = self._kernel.sets.sizes()
-        held = tuple(sizes.get(sets.name(self._family, which)) for which in Set)
-        return self._signature.take(), held, self._kernel.device.elsewhere(self._family)
+        return self._own_writes.disturbed()
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
@@ -280,7 +247,7 @@ class IpvsDataplane:
 
         See `rules.dataplane.Dataplane`.
         """
-        with self._writing():
+        with self._own_writes.writing():
             self._known = None
             found = self._kernel.find()
             there = bool(found)
@@ -301,11 +268,25 @@ class IpvsDataplane:
 
     def close(self) -> None:
         """Give back sockets; everything else stays."""
-        with self._busy:
-            if self._signature is not None:
-                self._signature.close()
-                self._signature = None
-            self._kernel.close()
+        self._own_writes.close()
+        self._kernel.close()
+
+
+class _Signature:
+    """Of all that a change by others alters: rules, the sizes of sets, addresses."""
+
+    def __init__(self, kernel: Kernel, family: Family) -> None:
+        self._kernel = kernel
+        self._family = family
+        self._rules = signature(family, kernel.backend, TABLES)
+
+    def take(self) -> Hashable:
+        sizes = self._kernel.sets.sizes()
+        held = tuple(sizes.get(sets.name(self._family, which)) for which in Set)
+        return self._rules.take(), held, self._kernel.device.elsewhere(self._family)
+
+    def close(self) -> None:
+        self._rules.close()
 
 
 def _is_of(family: Family, prefix: Prefix) -> bool:
