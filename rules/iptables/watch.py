@@ -106,9 +106,15 @@ class OwnWrites:
         """What the signature was after the last write; None: it isn't known."""
 
     @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """While nobody looks: where looking takes the sockets that are at work."""
+        with self._busy:
+            yield
+
+    @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """While we write: nobody takes that for another process, and from then on it is what is expected."""
-        with self._busy:
+        with self.unwatched():
             self._undisturbed = None
             yield
             if self._signature is not None:
@@ -116,7 +122,7 @@ class OwnWrites:
                     self._undisturbed = self._signature.take()
 
     def disturbed(self) -> bool:
-        """Whether the signature is another than after our last write, or the last call; not so while we write."""
+        """Whether the signature is another than after our last write, or the last call; not so while we are at work."""
         if not self._busy.acquire(blocking=False):
             return False
         try:

@@ -110,12 +110,14 @@ class IpvsDataplane:
 
     def read(self) -> ForwardingTable | None:
         """The table that the kernel holds; see `rules.dataplane.Dataplane`."""
-        found = self._kernel.find()
+        with self._own_writes.unwatched():
+            found = self._kernel.find()
         return self._decode(found).table if found else None
 
     def raw(self) -> Raw | None:
         """Rules, sets with their elements, servers; see `rules.dataplane.Dataplane`."""
-        found = self._kernel.find()
+        with self._own_writes.unwatched():
+            found = self._kernel.find()
         if not found:
             return None
         reading = self._decode(found)

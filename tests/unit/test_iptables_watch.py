@@ -52,6 +52,16 @@ def test_what_we_write_disturbs_nobody_and_what_comes_after_it_does() -> None:
     assert writes.disturbed()
 
 
+def test_nobody_looks_while_the_sockets_are_at_work() -> None:
+    rules = Rules()
+    writes = OwnWrites(rules.open)
+    writes.disturbed()
+    rules.now = 1
+    with writes.unwatched():
+        assert not writes.disturbed()
+    assert writes.disturbed(), "it is seen afterwards"
+
+
 def test_after_a_write_that_failed_nothing_is_expected() -> None:
     rules = Rules()
     writes = OwnWrites(rules.open)
