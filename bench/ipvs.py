@@ -37,8 +37,9 @@ from rules.forwarding import (
     parse_address,
 )
 from rules.ipvs.dataplane import IpvsDataplane
-from rules.ipvs.services import Ipvs, Target, VirtualServer, add_real, add_server
-from rules.ipvs.services import Key as ServerKey
+from rules.ipvs.messages import Key as ServerKey
+from rules.ipvs.messages import Target, VirtualServer, add_real, add_server
+from rules.ipvs.services import Ipvs
 
 SIZES = (1_000, 5_000)
 _PROGRAMS = ("sluice", "ipvsadm")

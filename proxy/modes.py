@@ -114,7 +114,7 @@ def open_dataplane(
 
 def _open_ipvs(family: Family, iptables: Backend | None, settings: IpvsSettings | None) -> Dataplane:
     from rules.ipvs.dataplane import IpvsDataplane, Options  # noqa: PLC0415  # as above
-    from rules.ipvs.services import Timeouts  # noqa: PLC0415  # as above
+    from rules.ipvs.messages import Timeouts  # noqa: PLC0415  # as above
 
     if settings is None:
         return IpvsDataplane(family, Options(scheduler=None), iptables)

@@ -41,10 +41,10 @@ from rules.ipvs.layout import (
     kernel_scheduler,
 )
 from rules.ipvs.marks import Numbers, scheme
+from rules.ipvs.messages import Timeouts
 from rules.ipvs.node import check_scheduler
 from rules.ipvs.plan import size, steps
 from rules.ipvs.raw import frontends_of, raw_items
-from rules.ipvs.services import Timeouts
 from rules.ipvs.sets import Set
 
 _NOTES = 10

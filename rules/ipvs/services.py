@@ -21,49 +21,13 @@ from typing import NamedTuple
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family
 from rules.ipvs import messages
-from rules.ipvs.messages import (
-    PERSISTENT,
-    SCHEDULER_1,
-    SCHEDULER_2,
-    Held,
-    Key,
-    Real,
-    Target,
-    Timeouts,
-    VirtualServer,
-    add_real,
-    add_server,
-    delete_real,
-    delete_server,
-    set_real,
-    set_server,
-)
+from rules.ipvs.messages import Held, Key, Real, Target, Timeouts, VirtualServer
 from rules.netlink.attributes import REQUEST, DecodeError, message
 from rules.netlink.closing import Closing
 from rules.netlink.errors import error_code
 from rules.netlink.generic import NETLINK_GENERIC, family_number
 from rules.netlink.served import closed_unless_served
 from rules.netlink.transaction import NetfilterSocket
-
-__all__ = [
-    "PERSISTENT",
-    "SCHEDULER_1",
-    "SCHEDULER_2",
-    "Held",
-    "Ipvs",
-    "Key",
-    "Real",
-    "Refused",
-    "Target",
-    "Timeouts",
-    "VirtualServer",
-    "add_real",
-    "add_server",
-    "delete_real",
-    "delete_server",
-    "set_real",
-    "set_server",
-]
 
 _AT_ONCE = 400
 """Requests to a send: the kernel's IPVS is locked for each alone, but the buffer is copied whole."""

@@ -41,8 +41,7 @@ from rules.iptables.programs import Backend as Programs
 from rules.ipvs import sets
 from rules.ipvs.dataplane import IpvsDataplane, Options
 from rules.ipvs.device import Device
-from rules.ipvs.services import (
-    Ipvs,
+from rules.ipvs.messages import (
     Key,
     Target,
     Timeouts,
@@ -54,6 +53,7 @@ from rules.ipvs.services import (
     set_real,
     set_server,
 )
+from rules.ipvs.services import Ipvs
 from rules.ipvs.sets import Set
 from rules.netlink.ipset import Element, Extra, Ipsets
 from tests.ipvs_model import tables

@@ -18,13 +18,11 @@ from hypothesis import strategies as st
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family, Protocol, parse_address
 from rules.ipvs.device import NAME, Device
-from rules.ipvs.node import check_scheduler, sysctls
-from rules.ipvs.services import (
+from rules.ipvs.messages import (
     PERSISTENT,
     SCHEDULER_1,
     SCHEDULER_2,
     Held,
-    Ipvs,
     Key,
     Real,
     Target,
@@ -37,6 +35,8 @@ from rules.ipvs.services import (
     set_real,
     set_server,
 )
+from rules.ipvs.node import check_scheduler, sysctls
+from rules.ipvs.services import Ipvs
 from tests.netns.isolation import own_network_namespace
 from tests.netns.patience import TIME_SCALE
 from tests.strategies import PROTOCOLS

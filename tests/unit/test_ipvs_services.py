@@ -11,8 +11,9 @@ import pytest
 
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family, Protocol, parse_address
+from rules.ipvs.messages import Key, VirtualServer, add_server
 from rules.ipvs.node import check_scheduler, sysctls
-from rules.ipvs.services import Ipvs, Key, Refused, VirtualServer, add_server
+from rules.ipvs.services import Ipvs, Refused
 from rules.netlink.attributes import U32, Message, attribute, attributes, messages, parse_text
 
 FAMILY = 31
