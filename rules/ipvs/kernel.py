@@ -42,8 +42,6 @@ from rules.ipvs.services import Ipvs
 from rules.ipvs.sets import KINDS, Set
 from rules.netlink.ipset import Element, Extra, Ipsets
 
-_NO_CHAINS = Saved({table: {} for table in TABLES}, ())
-
 
 class Refused(NamedTuple):
     """Something that the kernel did not take."""
@@ -149,7 +147,7 @@ class Kernel:
         state = State(
             elements,
             {key: _server(each) for key, each in held.items()},
-            self._device.addresses(self._family) if self._device.exists() else frozenset(),
+            self._device.addresses(self._family),
         )
         odd = _oddities(held)
         damage += [f"the virtual server {decode_words(key)} is not as any of ours" for key in odd.broken]

@@ -6,12 +6,10 @@ Names are up to 31 characters, and of both families together; those of IPv6 begi
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from rules.forwarding import Address, Family, Kind, Prefix, merge_prefixes
-from rules.netlink.ipset import Element, Extra, SetSpec, SetType
-
-Elements = Mapping[Element, Extra]
+from rules.netlink.ipset import Element, SetSpec, SetType
 
 
 class Set(enum.Enum):
