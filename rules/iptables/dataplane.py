@@ -24,15 +24,16 @@ from rules.iptables.packets import Packets, packets
 from rules.iptables.programs import (
     OPTIONAL,
     Backend,
-    Programs,
     RestoreError,
     available,
     choose,
     missing_features,
+    read_ours,
+    remove,
 )
 from rules.iptables.restores import Restore, Tally, from_saved, owners, removal, restore
 from rules.iptables.rulesets import changed_chains
-from rules.iptables.text import TABLES, Saved, TextError, parse
+from rules.iptables.text import TABLES, Saved
 from rules.iptables.watch import OwnWrites, signature
 
 _LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
@@ -101,12 +102,12 @@ class IptablesDataplane:
 
     def read(self) -> ForwardingTable | None:
         """The table that the kernel holds; see `rules.dataplane.Dataplane`."""
-        reading = decode(_saved(self._programs), self._family)
+        reading = decode(read_ours(self._programs), self._family)
         return reading.table if reading else None
 
     def raw(self) -> Raw | None:
         """The chains and rules themselves; see `rules.dataplane.Dataplane`."""
-        saved = _saved(self._programs)
+        saved = read_ours(self._programs)
         reading = decode(saved, self._family)
         return None if reading is None else Raw(reading.table, _raw_items(saved, reading))
 
@@ -119,7 +120,7 @@ class IptablesDataplane:
 
     def _sync(self, table: ForwardingTable) -> Applied:
         self._model = None
-        saved = _saved(self._programs)
+        saved = read_ours(self._programs)
         reading = decode(saved, self._family)
         found = reading.table if reading else None
         options, notes = self._options()
@@ -232,7 +233,7 @@ class IptablesDataplane:
         while error.owners:
             refused |= dict.fromkeys(error.owners, str(error))
             try:
-                return self._write(_saved(self._programs), _without(wanted, refused), options)
+                return self._write(read_ours(self._programs), _without(wanted, refused), options)
             except RestoreError as again:
                 if not again.ours:
                     raise
@@ -244,12 +245,14 @@ class IptablesDataplane:
             if held.get(frontend) != route and frontend not in refused
         ]
         left_out = {*refused, *doubtful}
-        step = self._write(_saved(self._programs), _without(wanted, left_out), options)
+        step = self._write(read_ours(self._programs), _without(wanted, left_out), options)
         pending = [doubtful]
         while pending:
             candidates = pending.pop()
             try:
-                step = self._write(_saved(self._programs), _without(wanted, left_out.difference(candidates)), options)
+                step = self._write(
+                    read_ours(self._programs), _without(wanted, left_out.difference(candidates)), options
+                )
             except RestoreError as again:
                 if not again.ours:
                     raise
@@ -261,7 +264,7 @@ class IptablesDataplane:
             else:
                 left_out.difference_update(candidates)
         if self._model is None:  # the last attempt failed
-            step = self._write(_saved(self._programs), _without(wanted, left_out), options)
+            step = self._write(read_ours(self._programs), _without(wanted, left_out), options)
         return step
 
     def _options(self) -> tuple[Options, list[str]]:
@@ -308,7 +311,7 @@ class IptablesDataplane:
         """Remove our chains and jumps; see `rules.dataplane.Dataplane`."""
         self._model = None
         # Where both kinds of programs are, an earlier run may have used the other one.
-        return _remove_all(available(self._family).values())
+        return remove(available(self._family).values(), _removal)
 
     def packets(self) -> Packets:
         """What the rules have counted since they were written.
@@ -324,45 +327,16 @@ class IptablesDataplane:
         Raises:
             DataplaneError: it could not be removed.
         """
-        return _remove_all(each for each in available(self._family).values() if each.backend != self.backend)
+        others = (each for each in available(self._family).values() if each.backend != self.backend)
+        return remove(others, _removal)
 
     def close(self) -> None:
         """End what watches; the rules stay."""
         self._own_writes.close()
 
 
-def _remove_all(kinds: Iterable[Programs]) -> bool:
-    """Remove what is ours of these kinds of programs; whether there was anything.
-
-    Raises:
-        UnavailableError: this kernel, or this process, can do with none of them.
-    """
-    removed = []
-    lacking = None
-    for programs in kinds:
-        try:
-            removed.append(_remove(programs))
-        except UnavailableError as error:
-            lacking = error
-    if lacking is not None and not removed:
-        raise lacking
-    return any(removed)
-
-
-def _remove(programs: Programs) -> bool:
-    """Remove what is ours; whether there was anything."""
-    saved = _saved(programs)
-    if not saved:
-        return False
-    programs.apply(removal(saved).text)
-    return True
-
-
-def _saved(programs: Programs) -> Saved:
-    try:
-        return parse(programs.saved())
-    except TextError as error:
-        raise DataplaneError(f"{programs.save} printed what makes no sense: {error}") from error
+def _removal(saved: Saved) -> str:
+    return removal(saved).text
 
 
 def _without(table: ForwardingTable, frontends: Iterable[Frontend]) -> ForwardingTable:

@@ -14,13 +14,13 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family, Frontend
-from rules.iptables.text import PREFIX
+from rules.iptables.text import PREFIX, TABLES, Saved, TextError, parse
 
 Backend = Literal["legacy", "nft"]
 BACKENDS: tuple[Backend, ...] = ("nft", "legacy")
@@ -167,6 +167,49 @@ def detect(found: Mapping[Backend, Programs], family: Family, environment: Mappi
     default = _which(f"{_NAMES[family]}-restore", environment)
     chosen = _kind(default) if default else BACKENDS[0]
     return chosen if chosen in held else next(iter(held))
+
+
+def read_ours(programs: Programs, prefix: str = PREFIX, tables: Sequence[str] = TABLES) -> Saved:
+    """What the kernel holds of ours; the other arguments as of `rules.iptables.text.parse`.
+
+    Raises:
+        UnavailableError: as of `Programs.saved`.
+        DataplaneError: likewise, or what was printed makes no sense.
+    """
+    try:
+        return parse(programs.saved(), prefix, tables)
+    except TextError as error:
+        raise DataplaneError(f"{programs.save} printed what makes no sense: {error}") from error
+
+
+def remove(
+    kinds: Iterable[Programs], removal: Callable[[Saved], str], prefix: str = PREFIX, tables: Sequence[str] = TABLES
+) -> bool:
+    """Remove what is ours of several kinds; whether there was anything.
+
+    Args:
+        kinds: the programs of each.
+        removal: the input by which they remove it.
+        prefix: how the names of the chains begin.
+        tables: where they are.
+
+    Raises:
+        UnavailableError: this kernel, or this process, can do with none of them.
+        DataplaneError: it could not be read or removed.
+    """
+    removed = []
+    lacking = None
+    for programs in kinds:
+        try:
+            saved = read_ours(programs, prefix, tables)
+            if saved:
+                programs.apply(removal(saved))
+            removed.append(bool(saved))
+        except UnavailableError as error:
+            lacking = error
+    if lacking is not None and not removed:
+        raise lacking
+    return any(removed)
 
 
 FEATURES = {

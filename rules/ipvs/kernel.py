@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from rules.dataplane import DataplaneError
 from rules.forwarding import Address, Family, Prefix, Protocol
-from rules.iptables.programs import Backend, Programs, available, choose
-from rules.iptables.text import IPVS_PREFIX, Saved, TextError, parse
+from rules.iptables.programs import Backend, available, choose, read_ours, remove
+from rules.iptables.text import IPVS_PREFIX, Saved
 from rules.ipvs import KUBE_PROXYS_DEVICE, chains, messages, sets
 from rules.ipvs.chains import TABLES, Wanted
 from rules.ipvs.device import Device
@@ -126,7 +126,7 @@ class Kernel:
         Raises:
             DataplaneError: the kernel could not be read.
         """
-        saved = _saved(self._programs)
+        saved = self._saved()
         elements, missing, damage = self._elements()
         servers = self._ipvs.dump(self._family)
         ours = scheme(chains.read(saved, self._family).facts.mark)
@@ -154,6 +154,9 @@ class Kernel:
         damage += [f"a real server of {decode_words(key)} has another weight than 1" for key, _ in odd.misweighed]
         own = self._device.elsewhere(self._family) - self._other_device.addresses(self._family)
         return Found(saved, state, odd, servers, own, missing, tuple(damage))
+
+    def _saved(self) -> Saved:
+        return read_ours(self._programs, IPVS_PREFIX, TABLES)
 
     def _elements(self) -> tuple[dict[Set, Mapping[Element, Extra]], frozenset[Set], list[str]]:
         """The elements of our sets; the sets that aren't there; what is wrong with those that are."""
@@ -260,29 +263,19 @@ class Kernel:
             built = chains.build(wanted, self._family)
         except ValueError as error:
             raise DataplaneError(str(error)) from None
-        lines = chains.difference(_saved(self._programs), built)
+        lines = chains.difference(self._saved(), built)
         if lines:
             self._programs.apply("\n".join([*lines, ""]))
         return len(lines)
 
     def remove_rules(self) -> bool:
         """Remove our chains, by whichever programs they were written; whether there were any."""
-        return self._remove_rules(available(self._family).values())
+        return remove(available(self._family).values(), _removal, IPVS_PREFIX, TABLES)
 
     def remove_other_rules(self) -> bool:
         """Remove those of the other kind of programs."""
-        return self._remove_rules(
-            each for each in available(self._family).values() if each.backend != self._programs.backend
-        )
-
-    @staticmethod
-    def _remove_rules(programs: Iterable[Programs]) -> bool:
-        removed = False
-        for each in programs:
-            if saved := _saved(each):
-                each.apply("\n".join([*chains.removal(saved), ""]))
-                removed = True
-        return removed
+        others = (each for each in available(self._family).values() if each.backend != self._programs.backend)
+        return remove(others, _removal, IPVS_PREFIX, TABLES)
 
     def remove_sets(self) -> bool:
         """Destroy our sets, to which no rule refers any more; whether there were any."""
@@ -305,11 +298,8 @@ def decode_words(key: Key) -> str:
     return server_words(key)
 
 
-def _saved(programs: Programs) -> Saved:
-    try:
-        return parse(programs.saved(), IPVS_PREFIX, TABLES)
-    except TextError as error:
-        raise DataplaneError(f"{programs.save} printed what makes no sense: {error}") from error
+def _removal(saved: Saved) -> str:
+    return "\n".join([*chains.removal(saved), ""])
 
 
 def _server(held: Held) -> Server:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rules.dataplane import DataplaneError
+from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import Family
 from rules.iptables import programs as module
 from rules.iptables.programs import (
@@ -17,6 +17,8 @@ from rules.iptables.programs import (
     RestoreError,
     detect,
     missing_features,
+    read_ours,
+    remove,
 )
 
 Install = Callable[..., None]
@@ -140,3 +142,24 @@ def test_features_that_are_missing_are_found_one_by_one(install: Install, tmp_pa
     install("iptables-nft-restore", "exit 0")
     assert missing_features(programs) == frozenset()
     assert "statistic" in FEATURES
+
+
+NO_LEGACY = "iptables-legacy-save v1.8.9 (legacy): Cannot initialize: iptables who? (do you need to insmod?)"
+
+
+def test_what_is_ours_is_removed_where_the_kernel_knows_only_one_kind(install: Install, tmp_path: Path) -> None:
+    nft = pair(install, "nft", OURS, tmp_path)
+    legacy = pair(install, "legacy", "", tmp_path)
+    install("iptables-legacy-save", f"echo '{NO_LEGACY}' >&2; exit 1")
+    install("iptables-nft-restore", f"cat >>{tmp_path / 'given'}")
+    for kinds in ((legacy, nft), (nft, legacy)):
+        assert remove(kinds, lambda saved: f"# {sorted(saved.chains['nat'])}\n")
+    assert (tmp_path / "given").read_text() == "# ['SLUICE-SERVICES']\n" * 2
+    with pytest.raises(UnavailableError, match="insmod"):
+        remove([legacy], str)
+    assert not remove([pair(install, "nft", ONE, tmp_path), legacy], str), "there is nothing of ours"
+
+
+def test_what_makes_no_sense_is_told(install: Install, tmp_path: Path) -> None:
+    with pytest.raises(DataplaneError, match="iptables-nft-save printed what makes no sense: the table nat has no end"):
+        read_ours(pair(install, "nft", "*nat", tmp_path))
