@@ -10,7 +10,8 @@ every point in between
 
     what narrows first     addresses off the device, open ports, servers and their backends, elements that carry marks
                            or keep packets from being marked
-    what packets meet      firewall, kinds, hairpins, bound addresses, then the rules that look at them
+    what packets meet      firewall, kinds, hairpins, bound addresses; sources that ranges admit no longer; then the
+                           rules that look at all these
     what widens then       servers by mark, elements that carry marks, servers by address, open ports, addresses
     what nobody needs      servers that no element leads to any more, then the rest of the elements
 
@@ -24,7 +25,7 @@ packet comes (IPVS-23).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rules.forwarding import Address, Protocol
@@ -176,14 +177,17 @@ def size(step: Step) -> int:
 
 
 def _in_order(old: State, new: State, odd: Oddities, *, rules: bool) -> Iterator[Step]:
-    def gone(which: Set) -> Delete:
+    def gone(which: Set, but: Container[Element] = ()) -> Delete:
         wanted = new.of(which)
-        return Delete(which, tuple(element for element in old.of(which) if element not in wanted))
+        return Delete(which, tuple(each for each in old.of(which) if each not in wanted and each not in but))
 
     def fresh(which: Set) -> Add:
         held = old.of(which)
         return Add(which, {element: extra for element, extra in new.of(which).items() if held.get(element) != extra})
 
+    # Of frontends that keep having ranges; without ranges, whom the old ones admitted stays admitted.
+    ranged = new.of(Set.RANGED)
+    shut_out = Delete(Set.SOURCES, tuple(each for each in gone(Set.SOURCES).elements if Element(*each[:3]) in ranged))
     narrow, widen, last = _servers(old.servers, new.servers, odd)
     yield Unbind(old.addresses - new.addresses)
     yield gone(Set.OPEN)
@@ -193,6 +197,7 @@ def _in_order(old: State, new: State, odd: Oddities, *, rules: bool) -> Iterator
     yield gone(Set.EMPTY)
     for which in _BEFORE_RULES:
         yield fresh(which)
+    yield shut_out
     if rules:
         yield WriteRules()
     yield Serve(tuple(change for change in widen if _is_by_mark(change)))
@@ -203,7 +208,7 @@ def _in_order(old: State, new: State, odd: Oddities, *, rules: bool) -> Iterator
     yield Bind(new.addresses - old.addresses)
     yield Serve(tuple(last))
     for which in _AFTER_ALL:
-        yield gone(which)
+        yield gone(which, but=frozenset(shut_out.elements) if which is Set.SOURCES else ())
 
 
 def _servers(

@@ -22,6 +22,7 @@ from rules.forwarding import (
     Route,
     SourcePrefix,
     difference,
+    parse_prefix,
 )
 from rules.iptables.text import Saved
 from rules.ipvs import chains
@@ -33,6 +34,7 @@ from rules.ipvs.marks import Numbers
 from rules.ipvs.messages import Key, Target
 from rules.ipvs.plan import (
     Add,
+    Delete,
     NewReal,
     Oddities,
     RemoveReal,
@@ -43,6 +45,7 @@ from rules.ipvs.plan import (
     operations,
     steps,
 )
+from rules.ipvs.sets import Set
 from tests.ipvs_model import OWN, Model, destinations, expected, offered, sources, tables, wanted
 from tests.one_of_each import one_of_each
 
@@ -245,6 +248,22 @@ def test_a_change_of_one_endpoint_is_one_message_and_an_endpoint_replaced_two() 
     after = table_of(ONE)
     planned = known.take(difference(table_of(ONE, TWO), after), after)
     assert [len(step[-1]) for step in planned] == [1]
+
+
+def test_a_source_that_is_admitted_no_longer_is_shut_out_before_new_backends_come() -> None:
+    """And one that is new is admitted before, so that what narrows is done once and nobody waits."""
+
+    def ranged(prefix: str, *backends: Backend) -> ForwardingTable:
+        kind, sources = Kind.LOAD_BALANCER, (parse_prefix(prefix),)
+        route = Route(kind=kind, backends=frozenset(backends), source_ranges=sources)
+        return ForwardingTable(family=Family.IPV4, routes={WEB: route})
+
+    planned = steps(wanted(ranged("192.0.2.0/24", ONE)), wanted(ranged("198.51.100.0/24", ONE, TWO)))
+    shut_out = [isinstance(step, Delete) and step.which is Set.SOURCES for step in planned]
+    admitted = [isinstance(step, Add) and step.which is Set.SOURCES for step in planned]
+    served = [isinstance(step, Serve) for step in planned]
+    assert [sum(each) for each in (admitted, shut_out, served)] == [1, 1, 1]
+    assert admitted.index(True) < shut_out.index(True) < served.index(True)
 
 
 # --- damage --------------------------------------------------------------------------------------------------------
