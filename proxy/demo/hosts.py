@@ -52,6 +52,14 @@ _PORTS = (33000, 60000)
 _CONCURRENT = 128
 """Attempts under way at once: enough that a hundred refusals take the time of one."""
 
+_OF_A_STREAM = 4
+"""Attempts of one stream under way at once.  A machine that cannot keep a stream's pace makes fewer, and none waits for
+those that were to come before it."""
+
+_AT_ONCE = 128
+"""How many clients of a server are taken in a round of the loop.  In a busy one that must be more than come to it in a
+round, or clients of this one host wait ever longer, until they take silence for a lost packet."""
+
 
 class Hosts:
     """The loop, and what it watches."""
@@ -200,9 +208,10 @@ class Hosts:
 
     def accept(self, host: str, listener: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-            sock, _ = listener.accept()
-            sock.setblocking(False)
-            self.watch(sock, selectors.EVENT_READ, lambda: self.serve_line(host, sock))
+            for _ in range(_AT_ONCE):
+                sock, _ = listener.accept()
+                sock.setblocking(False)
+                self.watch(sock, selectors.EVENT_READ, functools.partial(self.serve_line, host, sock))
 
     def serve_line(self, host: str, sock: socket.socket) -> None:
         try:
@@ -218,17 +227,21 @@ class Hosts:
 
     def serve_datagram(self, host: str, sock: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            _, ancillary, _, peer = sock.recvmsg(4096, 256)
-            # The answer must come from the address that was asked, whichever it is.
-            level, kind, info = ancillary[0]
-            if sock.family == socket.AF_INET:
-                address = socket.inet_ntop(socket.AF_INET, info[8:12])
-                info = struct.pack("=I4s4s", 0, info[8:12], bytes(4))
-            else:
-                address = socket.inet_ntop(socket.AF_INET6, info[:16])
-                info = info[:16] + bytes(4)
-            line = describe(host, (address, sock.getsockname()[1]), peer)
-            sock.sendmsg([line], [(level, kind, info)], 0, peer)
+            for _ in range(_AT_ONCE):
+                self.answer_datagram(host, sock)
+
+    def answer_datagram(self, host: str, sock: socket.socket) -> None:
+        _, ancillary, _, peer = sock.recvmsg(4096, 256)
+        # The answer must come from the address that was asked, whichever it is.
+        level, kind, info = ancillary[0]
+        if sock.family == socket.AF_INET:
+            address = socket.inet_ntop(socket.AF_INET, info[8:12])
+            info = struct.pack("=I4s4s", 0, info[8:12], bytes(4))
+        else:
+            address = socket.inet_ntop(socket.AF_INET6, info[:16])
+            info = info[:16] + bytes(4)
+        line = describe(host, (address, sock.getsockname()[1]), peer)
+        sock.sendmsg([line], [(level, kind, info)], 0, peer)
 
     # --- clients -------------------------------------------------------------------------------------------------
 
@@ -368,8 +381,9 @@ class Stream:
     def tick(self, moment: float) -> None:
         if self.stopped:
             return
-        self.open += 1
-        self.hosts.submit(Attempt(self.hosts, self.probe, self.add))
+        if self.open < _OF_A_STREAM:
+            self.open += 1
+            self.hosts.submit(Attempt(self.hosts, self.probe, self.add))
         following = max(moment + self.interval, time.monotonic())
         self.hosts.after(following, lambda: self.tick(following))
 

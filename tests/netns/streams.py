@@ -14,7 +14,7 @@ from typing import NamedTuple
 from proxy.demo.probes import Outcome, Probe
 from proxy.demo.world import World
 from tests.netns.patience import TIME_SCALE
-from tests.netns.runner import backends
+from tests.netns.runner import ANSWER, backends
 from tests.scenarios.schema import CLUSTER, DIRECTORY, Manifest, manifests
 
 INTERVAL = 0.03 * TIME_SCALE
@@ -92,7 +92,9 @@ def streaming(world: World, streams: Sequence[Stream] = STREAMS, *, interval: fl
     running = [each for each in streams if world.ipv6 or ":" not in each.address]
     found = Streaming()
     for stream in running:
-        probe = Probe(host=stream.host, address=stream.address, port=stream.port, protocol=stream.protocol)
+        probe = Probe(
+            host=stream.host, address=stream.address, port=stream.port, protocol=stream.protocol, timeout=ANSWER
+        )
         world.probes.start(stream.about, probe, interval)
     try:
         yield found
