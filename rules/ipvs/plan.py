@@ -10,9 +10,10 @@ every point in between
 
     what narrows first     addresses off the device, open ports, servers and their backends, elements that carry marks
                            or keep packets from being marked
-    what packets meet      firewall, kinds, hairpins, bound addresses; sources that ranges admit no longer; then the
-                           rules that look at all these
-    what widens then       servers by mark, elements that carry marks, servers by address, open ports, addresses
+    what packets meet      firewall, kinds, hairpins; sources that ranges admit no longer; then the rules that look at
+                           all these
+    what widens then       servers by mark, elements that carry marks, servers by address, open ports, then bound
+                           addresses, whose other ports are refused, and the addresses on the device
     what nobody needs      servers that no element leads to any more, then the rest of the elements
 
 Marks are given by elements, one for each frontend, and a server by mark is there before the element that leads to it
@@ -132,7 +133,7 @@ _GATES = (Set.NODE_PORT_LOCAL, Set.LOCAL, Set.NODE_PORT)
 """Sets whose elements carry marks, in the order in which they come; they go the other way round."""
 _BEFORE_RULES = (
     *(Set.SOURCES, Set.RANGED, Set.EXTERNAL_IP, Set.LOAD_BALANCER, Set.CLUSTER_IP, Set.HAIRPIN),
-    *(Set.BOUND, Set.REFUSED, Set.EMPTY, Set.NODE_ADDRESS, Set.HEALTH_CHECK, Set.SERVICE_CIDR),
+    *(Set.REFUSED, Set.EMPTY, Set.NODE_ADDRESS, Set.HEALTH_CHECK, Set.SERVICE_CIDR),
 )
 """What decides about packets of frontends: it is there before them."""
 _AFTER_ALL = (
@@ -205,6 +206,7 @@ def _in_order(old: State, new: State, odd: Oddities, *, rules: bool) -> Iterator
         yield fresh(which)
     yield Serve(tuple(change for change in widen if not _is_by_mark(change)))
     yield fresh(Set.OPEN)
+    yield fresh(Set.BOUND)  # not earlier: where kube-proxy was before us, its addresses answer all this time
     yield Bind(new.addresses - old.addresses)
     yield Serve(tuple(last))
     for which in _AFTER_ALL:

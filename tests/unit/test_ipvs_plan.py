@@ -193,9 +193,9 @@ def test_the_order_of_kinds_of_steps_on_a_start() -> None:
     planned = steps(State({}, {}, frozenset()), wanted(one_of_each(NodeFacts())), rules=True)
     kinds = [step.which.name if isinstance(step, Add) else type(step).__name__ for step in planned]
     rules = kinds.index("WriteRules")
-    assert {"RANGED", "SOURCES", "CLUSTER_IP", "LOAD_BALANCER", "BOUND", "HAIRPIN"} <= set(kinds[:rules])
+    assert {"RANGED", "SOURCES", "CLUSTER_IP", "LOAD_BALANCER", "HAIRPIN"} <= set(kinds[:rules])
     gates = ["NODE_PORT_LOCAL", "LOCAL", "NODE_PORT"]
-    assert kinds[rules:] == ["WriteRules", "Serve", *gates, "Serve", "OPEN", "Bind"]
+    assert kinds[rules:] == ["WriteRules", "Serve", *gates, "Serve", "OPEN", "BOUND", "Bind"]
     assert kinds.index("SOURCES") < kinds.index("RANGED")
     assert isinstance(planned[rules], WriteRules)
 
