@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from proxy.config.settings import IpvsSettings, Settings, UserspaceLimits
-from rules.dataplane import Dataplane, DataplaneError, Touch, UnavailableError
+from rules.dataplane import Capabilities, Dataplane, DataplaneError, Touch, UnavailableError
 from rules.forwarding import Family
 from rules.iptables.programs import BACKENDS, Backend, available
 from rules.iptables.watch import Watched
@@ -125,6 +125,12 @@ def _open_ipvs(family: Family, iptables: Backend | None, settings: IpvsSettings 
     return IpvsDataplane(family, options, iptables)
 
 
+def read_as(dataplane: Dataplane, writer: Capabilities) -> None:
+    """Tell a dataplane that was opened to read what the one can do that writes: in mode ipvs, its usual scheduler."""
+    if isinstance(dataplane, _ToldOfItsWriter):
+        dataplane.read_as(writer)
+
+
 def meet_workers(dataplanes: Sequence[Dataplane]) -> None:
     """Before the first sync: see to it that rules cut no connection that userspace mode's workers carry.
 
@@ -225,6 +231,14 @@ class _ByIptables(Watched, Protocol):
 
     def remove_other(self) -> bool:
         """Remove what the other kind of programs holds of ours; whether there was any."""
+
+
+@runtime_checkable
+class _ToldOfItsWriter(Protocol):
+    """A dataplane that cannot read from the kernel all that its writer can do."""
+
+    def read_as(self, writer: Capabilities) -> None:
+        """From here on, read what a dataplane of these capabilities has written."""
 
 
 def watch(dataplanes: Sequence[Dataplane]) -> Watch:

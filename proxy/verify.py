@@ -120,6 +120,7 @@ def against_agent(run_directory: str, open_dataplane: Open = modes.open_dataplan
                 wanted, head = agent_socket.table(family, run_directory)
                 if dataplane is None:
                     dataplane = open_dataplane(head.dataplane, family)
+                    modes.read_as(dataplane, head.capabilities)
                 drift = compare(wanted, dataplane.read(), head.capabilities)
                 if not drift:
                     break

@@ -83,7 +83,8 @@ class IpvsDataplane:
         """
         self._family = family
         self._options = options or Options()
-        self._scheduler = kernel_scheduler(self._options.scheduler or "") or DEFAULT_SCHEDULER
+        self._usual = self._options.scheduler
+        self._scheduler = kernel_scheduler(self._usual or "") or DEFAULT_SCHEDULER
         self._kernel = Kernel(family, [each for each in self._options.excluded if _is_of(family, each)], backend)
         self._known: Known | None = None
         self._timeouts_set = False
@@ -101,6 +102,11 @@ class IpvsDataplane:
     @property
     def capabilities(self) -> Capabilities:
         return capabilities(self._scheduler)
+
+    def read_as(self, writer: Capabilities) -> None:
+        """From here on, read what a dataplane of these capabilities has written: its usual scheduler is not guessed."""
+        self._usual = writer.usual_scheduler
+        self._scheduler = kernel_scheduler(self._usual) or DEFAULT_SCHEDULER
 
     def check(self) -> None:
         """Ask for the scheduler, which is all that is not known yet; see `rules.dataplane.Dataplane`."""
@@ -124,7 +130,7 @@ class IpvsDataplane:
         return Raw(reading.table, list(raw_items(self._family, found, reading)))
 
     def _decode(self, found: Found) -> Reading:
-        usual = None if self._options.scheduler is None else self._scheduler
+        usual = None if self._usual is None else self._scheduler
         return decode(found.saved, found.state, Context(self._family, usual, found.own), found.damage)
 
     # --- writing -----------------------------------------------------------------------------------------------

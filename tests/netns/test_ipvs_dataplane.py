@@ -368,6 +368,20 @@ def test_schedulers_are_the_services_or_the_configured_one(opened: Open) -> None
     assert found[Key(Family.IPV4, Protocol.UDP, DNS.address, 53)] == "wlc"
 
 
+def test_a_reader_takes_the_most_frequent_scheduler_for_the_usual_one_unless_it_is_told(opened: Open) -> None:
+    """Where most Services ask for another one, it would see drift that is none."""
+    writer = opened()
+    routes = dict(EVERYTHING.routes)
+    for frontend in (NODE_PORT, BALANCER):
+        routes[frontend] = msgspec.structs.replace(routes[frontend], scheduler="least-connections", affinity=0)
+    table = msgspec.structs.replace(EVERYTHING, routes=routes)
+    writer.sync(table)
+    reader = opened(scheduler=None)
+    assert compare(table, reader.read(), writer.capabilities)
+    reader.read_as(writer.capabilities)
+    assert not compare(table, reader.read(), writer.capabilities)
+
+
 def test_raw_shows_everything_with_its_service(dataplane: IpvsDataplane) -> None:
     assert dataplane.raw() is None
     dataplane.sync(EVERYTHING)
