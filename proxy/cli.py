@@ -189,15 +189,12 @@ for _each in questions.VERBS:
 
 def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> int:
     """Run a command line and give its exit code; `arguments` and `name` are the process's unless given."""
-    if arguments is None:
-        _have_standard_streams()
     args = list(sys.argv[1:] if arguments is None else arguments)
     as_kube_proxy = Path(sys.argv[0] if name is None else name).name == KUBE_PROXY
     verb = "run" if as_kube_proxy else next((each for each in args if not each.startswith("-")), "")
+    if arguments is None:
+        _prepare_process(verb)
     shown = KUBE_PROXY if as_kube_proxy else f"sluice {verb}" if verb in sluice.commands else "sluice"
-    if arguments is None and verb not in {"run", "demo"}:
-        # A verb that ends soon leaves its garbage to the end: looking for it would double the time of a large dump.
-        gc.disable()
     if "_SLUICE_COMPLETE" in os.environ:
         from proxy.completion import know_shells  # noqa: PLC0415  # see the head of this module
 
@@ -256,6 +253,19 @@ def _has_directory() -> bool:
         return bool(os.getcwd())  # noqa: PTH109  # it is the call itself that is asked about
     except OSError:
         return False
+
+
+def _prepare_process(verb: str) -> None:
+    """What a process of this program's own does first."""
+    _have_standard_streams()
+    if verb == "run":
+        import signal  # noqa: PLC0415  # no other verb needs it
+
+        # The first process of a container gets no signal that it has no handler for.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    elif verb != "demo":
+        # A verb that ends soon leaves its garbage to the end: looking for it would double the time of a large dump.
+        gc.disable()
 
 
 def _have_standard_streams() -> None:

@@ -75,6 +75,8 @@ class GoCommand(click.Command):
             if not ctx.resilient_parsing:
                 raise
             normal = flags.normalise(args[:-1], names)  # completion, of the value that is not there yet
+        if not any(isinstance(param, click.Argument) for param in self.params):
+            normal = [each for each in normal if each]  # `$(EXTRA_ARGS)` of a DaemonSet, with nothing in it (CFG-1)
         return super().parse_args(ctx, normal)
 
     def options(self, ctx: click.Context) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -58,7 +58,6 @@ def configure(format_: Format = "text", verbosity: int = 0, *, stream: TextIO | 
     Verbosity is kube-proxy's `-v`: below 4 from level info up, from 4 on everything.  Colours only on a terminal.
     """
     out = sys.stderr if stream is None else stream
-    level = logging.DEBUG if verbosity >= EVENTS_VERBOSITY else logging.INFO
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -66,7 +65,7 @@ def configure(format_: Format = "text", verbosity: int = 0, *, stream: TextIO | 
             structlog.processors.format_exc_info,
             _render_json if format_ == "json" else _TextRenderer(colours=out.isatty()),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=_from_level(verbosity),
         logger_factory=lambda name="": _StreamLogger(out, name),
         cache_logger_on_first_use=False,
     )
@@ -76,6 +75,15 @@ def configure(format_: Format = "text", verbosity: int = 0, *, stream: TextIO | 
             root.removeHandler(handler)
     root.addHandler(_Forward(level=logging.WARNING))
     logging.captureWarnings(capture=True)
+
+
+def set_verbosity(verbosity: int) -> None:
+    """Tell more or less from now on, in the form and to the stream that were configured."""
+    structlog.configure(wrapper_class=_from_level(verbosity))
+
+
+def _from_level(verbosity: int) -> Any:
+    return structlog.make_filtering_bound_logger(logging.DEBUG if verbosity >= EVENTS_VERBOSITY else logging.INFO)
 
 
 class _StreamLogger:

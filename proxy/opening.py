@@ -67,6 +67,7 @@ def open_dataplanes(settings: Settings) -> tuple[list[Dataplane], list[Unserved]
     name = _mode(settings)
     opened: list[Dataplane] = []
     unserved: list[Unserved] = []
+    lacking: list[UnavailableError] = []
     supported = modes.supported_families()
     for family in Family:
         if family not in supported:
@@ -80,9 +81,10 @@ def open_dataplanes(settings: Settings) -> tuple[list[Dataplane], list[Unserved]
                 undo.pop_all()
             opened.append(dataplane)
         except UnavailableError as error:
-            if not opened:
-                raise
+            lacking.append(error)
             unserved.append(Unserved(family=family.label, reason=str(error)))
+    if not opened and lacking:
+        raise lacking[0]
     for each in unserved:
         _log.warning("family not served", family=each.family, reason=each.reason)
     return opened, unserved

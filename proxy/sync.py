@@ -189,6 +189,8 @@ class FamilySync:
     async def run(self) -> None:
         """Sync for ever."""
         self._observer.started(self.family)
+        if self._runner.pending:
+            self._observer.queued(self.family)  # asked for before: the start is no success of it
         async with asyncio.TaskGroup() as group:
             group.create_task(self._runner.loop(), name=f"syncs {self.family.label}")
             group.create_task(self._attend(), name=f"drift {self.family.label}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, Phase, settings
 
 # The machine is shared and noisy: no deadline per example.  Shrinking is for a person at work on a failure
@@ -15,5 +17,6 @@ settings.register_profile(
 )
 settings.register_profile("work", parent=settings.get_profile("suite"), max_examples=500, phases=list(Phase))
 # `make fuzz`: the decoders, for as long as somebody has patience.
-settings.register_profile("fuzz", parent=settings.get_profile("work"), max_examples=20_000)
+FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20000"))
+settings.register_profile("fuzz", parent=settings.get_profile("work"), max_examples=FUZZ_EXAMPLES)
 settings.load_profile("suite")

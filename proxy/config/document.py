@@ -1,14 +1,15 @@
 """Configuration files: their text to values by field path, each with the line it stands on.
 
 The parser is PyYAML's, for its line numbers and because it takes what kube-proxy's own parser takes: JSON, words of
-YAML 1.1 for true and false, a key given twice.  What a scalar means is decided by the type of its field, as there: a
-number where text is wanted is that text, but quoted digits are no number.
+YAML 1.1 for true and false, a key given twice.  What a scalar means is decided by the type of its field: a number where
+text is wanted is that text, which kube-proxy refuses; quoted digits are no number, as there.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ from proxy.config.values import (
 )
 
 _LARGEST = 1 << 20
+_OCTAL = re.compile(r"[+-]?0\d+", re.ASCII)
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class Document(NamedTuple):
@@ -96,11 +99,14 @@ def parse(text: str, name: str) -> Document:
     problems: list[str] = []
     seen: set[str] = set()
     for root in _compose(text, name):
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{name}:{_line(root)}: is not a mapping of fields to values")
-        kind = _kind(root, name)
-        if kind in seen:
-            raise ConfigError(f"{name}:{_line(root)}: a second {kind}; a file may hold one")
+        try:
+            kind = _kind(root, name, seen)
+        except _StrangeDocumentError as error:
+            if not seen or _entry_text(root, "apiVersion") == OWN_GROUP_VERSION:
+                raise
+            # kube-proxy looks at the first document of a file, whatever follows it.
+            unknown += [f"{problem}; this document is passed over" for problem in error.problems]
+            continue
         seen.add(kind)
         walk = _Walk(name, FIELDS if kind == KIND else OWN_FIELDS)
         walk.mapping(root, "")
@@ -134,21 +140,67 @@ def _compose(text: str, name: str) -> Iterator[yaml.Node]:
         raise ConfigError(f"{name}: is not valid YAML, or nested too deeply") from None
 
 
-def _kind(root: yaml.MappingNode, name: str) -> str:
-    """Which of the two documents it is."""
-    api_version, kind = (_text(_entry(root, key)) or "" for key in ("apiVersion", "kind"))
-    if (api_version, kind) in {(GROUP_VERSION, KIND), (OWN_GROUP_VERSION, OWN_KIND)}:
-        return kind
+class _StrangeDocumentError(ConfigError):
+    """A document is none of ours."""
+
+
+def _kind(root: yaml.Node, name: str, seen: set[str]) -> str:
+    """Which of the two documents it is; `seen` are those before it."""
     where = f"{name}:{_line(root)}"
+    if not isinstance(root, yaml.MappingNode):
+        raise _StrangeDocumentError(f"{where}: is not a mapping of fields to values")
+    api_version, kind = (_entry_text(root, key) for key in ("apiVersion", "kind"))
     if not api_version or not kind:
-        raise ConfigError(
+        raise _StrangeDocumentError(
             f"{where}: lacks {'kind' if api_version else 'apiVersion'}: "
             f"it needs apiVersion: {GROUP_VERSION} and kind: {KIND}"
         )
-    raise ConfigError(
-        f"{where}: no kind {quoted(kind)} is known in version {quoted(api_version)}; "
-        f"this reads {KIND} of {GROUP_VERSION} and {OWN_KIND} of {OWN_GROUP_VERSION}"
-    )
+    if (api_version, kind) not in {(GROUP_VERSION, KIND), (OWN_GROUP_VERSION, OWN_KIND)}:
+        raise _StrangeDocumentError(
+            f"{where}: no kind {quoted(kind)} is known in version {quoted(api_version)}; "
+            f"this reads {KIND} of {GROUP_VERSION} and {OWN_KIND} of {OWN_GROUP_VERSION}"
+        )
+    if kind in seen:
+        raise _StrangeDocumentError(f"{where}: a second {kind}; a file may hold one")
+    return kind
+
+
+def _entry_text(root: yaml.Node, key: str) -> str:
+    return (_text(_entry(root, key)) or "") if isinstance(root, yaml.MappingNode) else ""
+
+
+def _entries(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """What a mapping says: itself, and before that what it takes over by `<<` from others and does not say itself."""
+    said = {_text(key) for key, _ in node.value}
+    for other in _taken_over(node):
+        for key, value in other.value:
+            if key.tag != _MERGE and _text(key) not in said:
+                said.add(_text(key))
+                yield key, value
+    yield from ((key, value) for key, value in node.value if key.tag != _MERGE)
+
+
+def _taken_over(node: yaml.MappingNode) -> Iterator[yaml.MappingNode]:
+    """The mappings that one takes over by `<<`, those that count more first; each once, as it says the same twice."""
+    seen = {id(node)}
+    waiting = [*_merged(node)][::-1]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, yaml.MappingNode) and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting += [*_merged(each)][::-1]
+
+
+def _merged(node: yaml.MappingNode) -> Iterator[yaml.Node]:
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            yield from value.value if isinstance(value, yaml.SequenceNode) else [value]
+
+
+def _merged_from_nothing(node: yaml.MappingNode) -> list[yaml.Node]:
+    """What is to be taken over by `<<`, and is no mapping."""
+    return [each for each in _merged(node) if not isinstance(each, yaml.MappingNode)]
 
 
 def _entry(root: yaml.MappingNode, key: str) -> yaml.Node | None:
@@ -175,7 +227,9 @@ class _Walk:
     def mapping(self, node: yaml.MappingNode, section: str) -> None:
         """Take what a section holds; the whole document is the section without a name."""
         given: set[str] = set()
-        for key, value in node.value:
+        for key in _merged_from_nothing(node):
+            self.unknown.append(f"{self.name}:{_line(key)}: << is no mapping; it is passed over")
+        for key, value in _entries(node):
             name = _text(key) or ""
             path = f"{section}.{name}" if section else name
             if path in {"apiVersion", "kind"}:
@@ -237,7 +291,7 @@ def _value(kind: Type, node: yaml.Node) -> Any:
     if kind is Type.GATES:
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("must be a map of names to true or false")
-        return {_string(name): _bool(value) for name, value in node.value if not _is_null(value)}
+        return {_string(name): _bool(value) for name, value in _entries(node) if not _is_null(value)}
     if kind is Type.VMODULE:
         return tuple(_pattern(item) for item in _items(node, "a list of items with filePattern and verbosity"))
     return _scalar(kind, node)
@@ -259,7 +313,16 @@ def _scalar(kind: Type, node: yaml.Node) -> Any:
         return node.value
     if node.style is not None:
         raise ValueError(f"must be {kind.value}, not text; leave out the quotes")
-    return parse_int(node.value) if kind is Type.INT else parse_float(node.value)
+    return _whole_number(node.value) if kind is Type.INT else parse_float(node.value)
+
+
+def _whole_number(text: str) -> int:
+    """A number without a fraction, however it is written: templates of Helm write 1.048576e+06."""
+    try:
+        number = parse_float(text)
+    except ValueError:
+        return parse_int(text)
+    return parse_int(str(int(number)) if number.is_integer() and not _OCTAL.fullmatch(text) else text)
 
 
 def _items(node: yaml.Node, what: str) -> list[yaml.Node]:
@@ -271,7 +334,7 @@ def _items(node: yaml.Node, what: str) -> list[yaml.Node]:
 def _pattern(node: yaml.Node) -> tuple[str, int]:
     if not isinstance(node, yaml.MappingNode):
         raise ValueError("must hold items with filePattern and verbosity")  # noqa: TRY004  # likewise
-    return _text(_entry(node, "filePattern")) or "", parse_int(_text(_entry(node, "verbosity")) or "0")
+    return _text(_entry(node, "filePattern")) or "", _whole_number(_entry_text(node, "verbosity") or "0")
 
 
 def _bool(node: yaml.Node) -> bool:

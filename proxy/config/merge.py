@@ -134,9 +134,20 @@ def _take_flags(parsed: Mapping[str, Any], values: Values, origins: Origins, war
             continue
         if flag.deprecated:
             warnings.append(f"--{name} is deprecated: {flag.deprecated}")
-        if flag.path and not (flag.path.lower().endswith("bindaddress") and not value):  # CFG-3
-            values[flag.path] = value + values[flag.path] if file and name == "vmodule" else value
+        if flag.path and (value or not _empty_is_unset(flag.path)):
+            match name:
+                case "vmodule" if file:
+                    values[flag.path] = value + values[flag.path]
+                case "hostname-override":
+                    values[flag.path] = value.strip().lower() or value
+                case _:
+                    values[flag.path] = value
             origins[flag.path] = Origin("flag", f"--{name}")
+
+
+def _empty_is_unset(path: str) -> bool:
+    """Whether the empty text for a flag leaves what holds without it (CFG-2, CFG-3)."""
+    return path == "hostnameOverride" or path.lower().endswith("bindaddress")
 
 
 def _complete_flags(values: Values, origins: Origins) -> None:

@@ -185,7 +185,6 @@ class MetricsPages:
         page: Handler | None = None,
     ) -> None:
         self._page = page
-        self._settings = settings
         self._metrics = metrics
         self._version = version
         self._started = time.time()
@@ -237,7 +236,7 @@ class MetricsPages:
         asked = request.body.decode("ascii", "replace").strip()
         if not asked.isdecimal():
             return text(f"failed to set verbosity {asked!r}: it is a number\n", 400)
-        logs.configure(self._settings.log_format, int(asked))
+        logs.set_verbosity(int(asked))
         _log.info("verbosity set", v=int(asked))
         return text(f"successfully set klog.logging.verbosity to {int(asked)}")
 

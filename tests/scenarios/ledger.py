@@ -1,7 +1,8 @@
 """The ledger: what shows each clause of the behaviour document.
 
-`coverage.yaml` maps the clauses of sections 1 to 3 and the rows of section 11 to scenarios and tests that cite them,
-or to the issue that will bring them, or to the reason why nothing does.  `python -m tests.scenarios.ledger` adds the
+`coverage.yaml` maps the clauses of sections 1 to 3 and 7 to 10 and the rows of section 11 to scenarios and tests that
+cite them, or to the issue that will bring them, or to the reason why nothing does.  A test cites by its text (`NOD-6`,
+`HC-20 to HC-23`) or by its name (`test_nod_6_...`).  `python -m tests.scenarios.ledger` adds the
 scenarios and tests that cite a clause and keeps what people wrote; what is neither cited nor explained stays a gap.
 """
 
@@ -18,11 +19,11 @@ from tests.scenarios.schema import DIRECTORY, REPOSITORY, Scenario, load_all
 
 COVERAGE = DIRECTORY / "coverage.yaml"
 CLAUSES = REPOSITORY / "tests" / "data" / "clauses.txt"
-SECTIONS = ("1", "2", "3", "11")
+SECTIONS = ("1", "2", "3", "7", "8", "9", "10", "11")
 
 _HEAD = """\
-# What shows each clause of sections 1 to 3 and each row of section 11 of the kube-proxy behaviour document: scenarios
-# and test files that cite it; or the issue that will bring it; or why nothing does.  README.md says more.
+# What shows each clause of sections 1 to 3 and 7 to 10 and each row of section 11 of the kube-proxy behaviour document:
+# scenarios and test files that cite it; or the issue that will bring it; or why nothing does.  README.md says more.
 # `python -m tests.scenarios.ledger` adds new citations.
 """
 
@@ -76,8 +77,16 @@ def problems(ledger: Mapping[str, Entry], scenarios: list[Scenario]) -> list[str
 
 
 def cited(text: str) -> set[str]:
-    """The clause ids in a text."""
-    return set(re.findall(r"\b[A-Z]+-T?\d+\b", text))
+    """The clause ids in a text, and in the names of its tests."""
+    found = set(re.findall(r"\b[A-Z]+-T?\d+\b", text))
+    for kind, numbers in re.findall(r"\bdef test_([a-zA-Z]{2,4})_?(\d+(?:_(?:and_|to_)?\d+)*)_", text):
+        text += f" {kind.upper()}-" + numbers.replace("_and_", "_").replace("_to_", " to ").replace(
+            "_", f" {kind.upper()}-"
+        )
+    found |= set(re.findall(r"\b[A-Z]+-T?\d+\b", text))
+    for kind, first, last in re.findall(r"\b([A-Z]+)-(\d+) to (?:\1-)?(\d+)\b", text):
+        found |= {f"{kind}-{number}" for number in range(int(first), int(last) + 1)}
+    return found
 
 
 def refreshed(ledger: Mapping[str, Entry], scenarios: list[Scenario], tests: Mapping[str, str]) -> dict[str, Entry]:

@@ -1,4 +1,4 @@
-"""Which families an agent serves, where the kernel lacks something for one of them."""
+"""Which families an agent serves: both, unless the kernel lacks something for one of them (CFG-60 to CFG-62)."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def opened(
     return [each.family for each in dataplanes], {each.family: each.reason for each in unserved}
 
 
+def test_cfg_60_both_families_are_served_whatever_the_configuration_speaks_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opened(Kernel(), monkeypatch) == (list(Family), {})
+
+
+def test_cfg_61_a_node_that_carries_the_second_family_alone_serves_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(Family.IPV4)
+    served, unserved = opened(kernel, monkeypatch)
+    assert (served, unserved.keys()) == ([Family.IPV6], {"IPv4"})
+    assert kernel.open == [Family.IPV6]
+
+
 def test_a_family_that_the_kernel_cannot_serve_is_left_out_with_a_line_that_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,14 +67,14 @@ def test_a_family_that_the_kernel_cannot_serve_is_left_out_with_a_line_that_says
     assert "CONFIG_NFT_FIB_IPV6" in line
 
 
-def test_a_family_that_is_switched_off_on_the_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cfg_62_a_family_that_is_switched_off_on_the_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     served, unserved = opened(Kernel(), monkeypatch, supported=(Family.IPV4,))
     assert served == [Family.IPV4]
     assert unserved.keys() == {"IPv6"}
     assert "switched off" in unserved["IPv6"]
 
 
-def test_a_kernel_that_can_serve_none_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cfg_61_a_kernel_that_can_serve_none_ends_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(*Family)
     with pytest.raises(UnavailableError, match="lacks the expression fib"):
         opened(kernel, monkeypatch)

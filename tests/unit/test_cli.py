@@ -93,6 +93,45 @@ def test_run_hands_the_settings_to_the_agent(agent, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.fixture
+def set_up(monkeypatch):
+    """The configurations by which the node was set up."""
+    done = []
+    monkeypatch.setattr("proxy.privileged.set_up_or_tell", lambda settings, *_more: done.append(settings))
+    return done
+
+
+def test_cfg_50_a_configuration_is_checked_before_anything_is_done_by_it(agent, set_up, tmp_path):
+    written = tmp_path / "written.yaml"
+    for action in ([f"--write-config-to={written}"], ["--init-only"], []):
+        assert cli.main(["--proxy-mode=carrier-pigeon", *action], name="kube-proxy") == 1
+        assert cli.main([f"--config={tmp_path}/nothing.yaml", *action], name="kube-proxy") == 1
+        assert cli.main(["--feature-gates=NoSuch=true", *action], name="kube-proxy") == 1
+    assert (written.exists(), set_up, agent) == (False, [], [])
+
+
+def test_cfg_50_51_53_each_action_ends_before_the_next_and_with_0(agent, set_up, tmp_path, capsys):
+    written = tmp_path / "written.yaml"
+    assert cli.main(["--version", f"--write-config-to={written}", "--init-only"], name="kube-proxy") == 0
+    assert capsys.readouterr().out.startswith("sluice ")
+    assert not written.exists()
+    assert cli.main([f"--write-config-to={written}", "--init-only", "--conntrack-min=7"], name="kube-proxy") == 0
+    assert yaml.safe_load(written.read_text())["conntrack"]["min"] == 7
+    assert (set_up, agent) == ([], [])
+    assert cli.main(["--init-only", "--conntrack-min=7"], name="kube-proxy") == 0
+    assert [each.conntrack.minimum for each in set_up] == [7]
+    assert agent == []
+
+
+@pytest.mark.parametrize("name", ["kube-proxy", "sluice"])
+def test_cfg_1_arguments_that_are_empty_are_none(name, agent):
+    """A DaemonSet's `$(EXTRA_ARGS)` with nothing in it."""
+    words = ["", "--manifests", "/m", "--bind-address", "", ""]
+    assert cli.main(words if name == "kube-proxy" else ["run", *words], name=name) == 0
+    assert agent[0].manifests == "/m"
+    assert cli.main(["--", "", "x"], name="kube-proxy") == 1
+
+
 def test_run_ends_with_the_agents_code(monkeypatch, agent):
     monkeypatch.setattr(sys.modules["proxy.agent"], "main", lambda *_arguments: 1)
     assert cli.main(["run"]) == 1

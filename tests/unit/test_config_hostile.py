@@ -54,6 +54,8 @@ WRONG = st.sampled_from(
         "!!set {a, b}",
         "? [a]",
         "<<: {mode: x}",
+        "{<<: [{syncPeriod: x}, 5, [a]]}",
+        "&a {<<: *a}",
         "'",
         '"\\ud800"',
         "| 5",

@@ -10,8 +10,9 @@ import yaml
 from msgspec import structs
 
 from proxy.config.document import parse
+from proxy.config.errors import ConfigError
 from proxy.config.load import load
-from proxy.config.schema import FIELDS, GROUP_VERSION, KIND, OWN_GROUP_VERSION, OWN_KIND
+from proxy.config.schema import FIELDS, GROUP_VERSION, KIND, OWN_GROUP_VERSION, OWN_KIND, SECOND
 from proxy.config.settings import ConntrackLimits, HostPort, Settings, UserspaceLimits
 from proxy.config.values import Type
 from rules.forwarding import Family, parse_prefix
@@ -89,6 +90,55 @@ def test_http_1_configz_is_what_kube_proxy_answered_to_the_same_file(mode, file)
 def test_cfg_10_json_with_tabs_is_read_too(file):
     text = json.dumps({"apiVersion": GROUP_VERSION, "kind": KIND, "mode": "nftables"}, indent="\t")
     assert settings_of(file(text, head="")).mode == "nftables"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5.0", 5), ("1e1", 10), ("3.", 3), ("+5", 5), ("0x1F", 31), ("017", 15), ("1_0", 10)]
+)
+def test_cfg_10_whole_numbers_are_written_in_any_way_of_yaml(text, value, file):
+    assert settings_of(file(f"iptables: {{masqueradeBit: {text}}}")).masquerade_bit == value
+
+
+def test_cfg_10_a_large_number_as_helm_writes_it(file):
+    """A template's number is a float, and a large one has an exponent."""
+    assert settings_of(file("conntrack: {min: 1.048576e+06}")).conntrack.minimum == 1_048_576
+
+
+@pytest.mark.parametrize("text", ["5.5", "1e-1", "1e10", "1e400", "5.0.0", ".", "'5'", '"5.0"', ".inf", ".nan", "e1"])
+def test_cfg_10_other_numbers_are_none(text, file):
+    with pytest.raises(ConfigError, match=r"iptables\.masqueradeBit: "):
+        load([("config", file(f"iptables: {{masqueradeBit: {text}}}"))])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("iptables: &p {syncPeriod: 9s}\nnftables: {<<: *p, minSyncPeriod: 2s}", {"nftables.minSyncPeriod": 2}),
+        ("iptables: &p {syncPeriod: 9s}\nnftables:\n  minSyncPeriod: 2s\n  <<: *p", {"nftables.minSyncPeriod": 2}),
+        ("iptables: &p {syncPeriod: 9s}\nnftables: {<<: [*p, {syncPeriod: 8s, minSyncPeriod: 2s}]}", {}),
+        ("winkernel: &p {syncPeriod: 7s}\nnftables: {<<: *p, syncPeriod: 9s}", {}),
+        ("iptables: &p {<<: {syncPeriod: 9s}}\nnftables: {<<: *p}", {"iptables.syncPeriod": 9}),
+    ],
+)
+def test_cfg_10_merge_keys_of_yaml_bring_in_what_the_mapping_does_not_say_itself(text, values, file):
+    merged = load([("config", file(text))]).merged
+    expected = {"nftables.syncPeriod": 9, **values}
+    assert {path: merged.values[path] // SECOND for path in expected} == expected
+
+
+def test_cfg_10_merge_keys_that_lead_nowhere_are_told(file):
+    path = file("mode: nftables\n<<: 5\n")
+    loaded = load([("config", path)])
+    assert (loaded.settings.mode, loaded.warnings) == ("nftables", (f"{path}:4: << is no mapping; it is passed over",))
+
+
+def test_cfg_10_merge_keys_cannot_blow_up(file):
+    lines = ["a0: &a0 {mode: nftables}"]
+    lines += [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 1500)]
+    assert (
+        settings_of(file("\n".join([*lines, "<<: *a1499", "z: &z {<<: *z}", "iptables: &y {<<: *y}"]))).mode
+        == "nftables"
+    )
 
 
 def test_cfg_11_every_field_is_known_by_name_and_type(file):

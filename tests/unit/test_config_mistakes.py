@@ -100,6 +100,31 @@ def test_cfg_10_of_a_key_given_twice_the_last_holds(file):
     assert warnings == (f"{path}:4: mode is given twice; the last one holds",)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("---\n[]", "5: is not a mapping of fields to values"),
+        (f"---\n{HEAD}mode: ipvs", f"5: a second {KIND}"),
+        ("---\nkind: KubeletConfiguration\napiVersion: kubelet.config.k8s.io/v1beta1\n", '5: no kind "KubeletConfig'),
+        ("---\nmode: ipvs\n", "5: lacks apiVersion"),
+    ],
+)
+def test_cfg_10_documents_behind_the_first_are_passed_over_as_in_kube_proxy(file, text, told):
+    path = file(f"mode: iptables\n{text}")
+    loaded = load([("config", path)])
+    [warning] = loaded.warnings
+    assert warning.startswith(f"{path}:{told}")
+    assert warning.endswith("; this document is passed over")
+    assert loaded.settings.mode == "iptables"
+    assert len(problems_of(("config", path), ("strict-config", "true"))) == 1
+
+
+@pytest.mark.parametrize("text", ["kind: SluiceConfigration\n", "kind: KubeProxyConfiguration\n"])
+def test_a_document_of_our_own_version_is_never_passed_over(file, text):
+    [problem] = problems_of(("config", file(f"---\napiVersion: sluice.internal/v1alpha1\n{text}")))
+    assert "is known in version" in problem
+
+
 # --- feature gates (CFG-63) ------------------------------------------------------------------------------------
 
 
@@ -246,10 +271,6 @@ def test_allalpha_and_allbeta_stand_for_those_that_are_not_named():
         ("mode: [", "expected the node content"),
         ("a: b: c", "3: is not valid YAML: mapping values are not allowed here"),
         ("x: \x07", "special characters are not allowed"),
-        ("---\n[]", "4: is not a mapping of fields to values"),
-        (f"---\n{HEAD}", f"4: a second {KIND}"),
-        ("---\nkind: Foo\napiVersion: v1\n", '4: no kind "Foo" is known in version "v1"'),
-        ("---\nkind: Foo\n", "4: lacks apiVersion"),
     ],
 )
 def test_cfg_20_mistakes_in_a_file_are_named_with_their_line(file, text, problem):

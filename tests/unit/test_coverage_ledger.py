@@ -45,6 +45,23 @@ def test_refreshing_adds_citations_and_keeps_what_people_wrote():
     assert "NFT-1" not in new
 
 
+@pytest.mark.parametrize(
+    ("text", "clauses"),
+    [
+        ('"""NOD-6, B-T2."""', {"NOD-6", "B-T2"}),
+        ("HC-20 to HC-22, SYN-2 to 4", {"HC-20", "HC-21", "HC-22", "SYN-2", "SYN-3", "SYN-4"}),
+        ("def test_cfg_1_2_every_flag():", {"CFG-1", "CFG-2"}),
+        ("def test_met_20_and_21_answers_of_6_kinds():", {"MET-20", "MET-21"}),
+        ("def test_met_1_to_3_and_7_syncs():", {"MET-1", "MET-2", "MET-3", "MET-7"}),
+        ("async def test_SYN_13_requests():", {"SYN-13"}),
+        ("def test_eps13_triggers():", {"EPS-13"}),
+        ("def test_a_hc_3_in_the_middle():", set()),
+    ],
+)
+def test_tests_cite_by_their_text_and_by_their_names(text, clauses):
+    assert ledger.cited(text) == clauses
+
+
 def test_scenarios_say_what_is_wrong_with_them(tmp_path):
     file = tmp_path / "wrong.yaml"
     for text, complaint in [

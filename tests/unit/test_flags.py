@@ -22,7 +22,7 @@ FIELDS = {
     "kube-api-content-type": ("application/json", "clientConnection.contentType", "application/json"),
     "kube-api-qps": ("2.5", "clientConnection.qps", 2.5),
     "kube-api-burst": ("7", "clientConnection.burst", 7),
-    "hostname-override": ("Node-A", "hostnameOverride", "Node-A"),
+    "hostname-override": (" Node-A ", "hostnameOverride", "node-a"),
     "bind-address": ("192.0.2.1", "bindAddress", "192.0.2.1"),
     "healthz-bind-address": ("192.0.2.1", "healthzBindAddress", "192.0.2.1:10256"),
     "metrics-bind-address": ("fd00::1", "metricsBindAddress", "[fd00::1]:10249"),
@@ -92,7 +92,7 @@ def test_cfg_1_2_the_command_line_takes_every_flag_in_every_spelling(name, spell
         spelling = spelling.replace(" {text}", "")  # a switch takes no next word: it would be an argument
         text = "true" if "=" not in spelling else text
     gates = ["--feature-gates=LoggingAlphaOptions=true"] if path.startswith("logging.options.") else []
-    words = spelling.format(name=name, under=name.replace("-", "_"), text=text).split(" ")
+    words = [word.format(name=name, under=name.replace("-", "_"), text=text) for word in spelling.split(" ")]
     assert cli.main(["config", "-o", "json", *words, *gates], name="sluice") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["origins"][path] == {"kind": "flag", "where": f"--{name}"}
@@ -124,6 +124,14 @@ def test_cfg_1_those_few():
     logging |= {f"log-{form}-{what}" for form in ("text", "json") for what in ("split-stream", "info-buffer-size")}
     assert kept == logging | {"hostname-override"}
     assert all(flags.BY_NAME[name].with_config for name in ACTIONS)
+
+
+def test_cfg_2_an_empty_hostname_override_leaves_the_name_of_the_file(tmp_path):
+    """As where $(NODE_NAME) comes to nothing."""
+    path = tmp_path / "c.yaml"
+    path.write_text("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nhostnameOverride: a\n")
+    found = load([("config", str(path)), ("hostname-override", "")])
+    assert (found.settings.hostname_override, found.merged.origins["hostnameOverride"].kind) == ("a", "file")
 
 
 def test_cfg_2_lists_add_up_and_other_flags_take_the_last():

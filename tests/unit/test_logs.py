@@ -75,6 +75,16 @@ def test_cfg_64_single_events_are_told_from_verbosity_4(verbosity, shown):
     assert bool(out.getvalue()) is shown
 
 
+def test_another_verbosity_leaves_the_form_and_the_stream():
+    out = io.StringIO()
+    logs.configure("json", stream=out)
+    log = logs.get_logger("sluice.early")
+    for verbosity in (4, 0):
+        logs.set_verbosity(verbosity)
+        log.debug("changed", v=verbosity)
+    assert [json.loads(line)["v"] for line in out.getvalue().splitlines()] == [4]
+
+
 def test_a_logger_made_before_follows_the_configuration():
     log = logs.get_logger("sluice.early")
     out = io.StringIO()

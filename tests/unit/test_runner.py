@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
+from proxy.agent import _Agent
+from proxy.config.settings import Settings
 from proxy.runner import Periods, Runner
 
 
@@ -51,6 +54,15 @@ def ran(
 
 
 PERIODS = Periods(minimum=1.0, retry=5.0, maximum=10.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "maximum"), [("nftables", 3600.0), ("iptables", 3600.0), ("userspace", 3600.0), ("ipvs", 40.0)]
+)
+def test_SYN_3_periods_by_mode(mode: str, maximum: float) -> None:
+    agent = SimpleNamespace(_mode=mode)
+    settings = Settings(sync_period=40.0, min_sync_period=2.0)
+    assert _Agent._periods(agent, settings) == Periods(minimum=2.0, retry=40.0, maximum=maximum)  # type: ignore[arg-type]
 
 
 def test_SYN_4_the_first_request_of_a_quiet_period_runs_at_once() -> None:

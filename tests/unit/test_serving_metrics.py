@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.serving.health import ProxyHealth
 from proxy.serving.metrics import Metrics
@@ -55,6 +56,36 @@ def test_labels_are_those_of_kube_proxy(mode):
     theirs = series((DATA / f"{mode}.metrics.txt").read_text())
     assert theirs
     assert theirs <= series(metrics.exposition().decode())
+
+
+@pytest.mark.parametrize("mode", [*MODES, "ipvs", "userspace"])
+def test_a_parser_of_the_text_format_reads_all_of_it_and_histograms_add_up(mode):
+    metrics = Metrics(mode, "1")
+    for family in Family:
+        metrics.started(family)
+        metrics.sync_done(family, 0.1, Applied(full=True))
+        metrics.programming_latency(family, 1000.0)
+    hostile = 'a"b\\c\nd'
+    metrics.api_answered(hostile, "GET", 200, 0.5)
+    parsed = {family.name: family for family in text_string_to_metric_families(metrics.exposition().decode())}
+    assert {family.type for family in parsed.values()} <= {"gauge", "counter", "histogram"}
+    assert all(family.documentation for family in parsed.values())
+    assert {sample.labels["host"] for sample in parsed["rest_client_requests"].samples} == {hostile}
+    histograms = [family for family in parsed.values() if family.type == "histogram"]
+    assert len(histograms) > 3
+    for family in histograms:
+        found: dict[frozenset[tuple[str, str]], list[float]] = {}
+        counts: dict[frozenset[tuple[str, str]], float] = {}
+        for sample in family.samples:
+            labels = frozenset((name, value) for name, value in sample.labels.items() if name != "le")
+            if sample.name.endswith("_bucket"):
+                found.setdefault(labels, []).append(sample.value)
+            elif sample.name.endswith("_count"):
+                counts[labels] = sample.value
+        assert found.keys() == counts.keys()
+        for labels, buckets in found.items():
+            assert buckets == sorted(buckets)
+            assert buckets[-1] == counts[labels]
 
 
 def test_met_10_11_packets_are_counted_in_iptables_mode_alone():
@@ -229,6 +260,7 @@ def test_two_agents_of_one_process_share_nothing():
 
 
 def test_syn_2_and_9_the_observer_tells_health_and_metrics(metrics):
+    """MET-18: the moment of the last request, and before any that of the start."""
     now = 0.0
     health = ProxyHealth(10.0, now=lambda: 0, monotonic=lambda: now)
     observer = Observer(health, metrics)

@@ -181,12 +181,12 @@ async def test_http_1_profiles_are_there_with_enable_profiling():
 @in_loop
 async def test_http_1_the_verbosity_can_be_put(monkeypatch):
     configured = []
-    monkeypatch.setattr("proxy.serving.servers.logs.configure", lambda *how: configured.append(how))
-    async with Agent(enable_profiling=True, log_format="json").running() as agent:
+    monkeypatch.setattr("proxy.serving.servers.logs.set_verbosity", configured.append)
+    async with Agent(enable_profiling=True).running() as agent:
         port = agent.ports["metrics"]
         status, _, body = await get(port, "/debug/flags/v", "PUT", body="4")
         assert (status, body) == (200, "successfully set klog.logging.verbosity to 4")
-        assert configured == [("json", 4)]
+        assert configured == [4]
         assert (await get(port, "/debug/flags/v", "PUT", body="x"))[0] == 400
         assert (await get(port, "/debug/flags/v", "PUT"))[0] == 400
         assert (await get(port, "/debug/flags/v"))[0] == 405

@@ -186,7 +186,8 @@ def test_eps13_a_removed_slice_takes_the_times_of_its_service_with_it() -> None:
     assert [trigger.service.name for trigger in state.take_changes().triggers] == ["other"]
 
 
-def test_met6_to_met9_counters() -> None:
+def test_met_6_to_9_counters() -> None:
+    """MET-30: of a node with both families every change counts once, as one state serves both."""
     state = State(NODE)
     state.replace(SERVICES, [service("a"), service("b")])
     state.set(SERVICES, service("a"))

@@ -268,7 +268,71 @@ def test_a_Service_that_cannot_be_computed_keeps_its_rules_and_stops_no_other(mo
     running(scenario)
 
 
-def test_an_error_of_our_own_making_is_a_failed_sync_and_not_the_end() -> None:
+def test_SYN_9_a_sync_that_was_asked_for_before_the_loop_began_waits_since_then() -> None:
+    """The start sets health right; what is to be written all the same must not be forgotten by it (HC-2)."""
+
+    async def main() -> list[str]:
+        rig = Rig()
+        rig.list_all("web")
+        rig.kernel.fails = 1
+        loop = asyncio.create_task(rig.sync.run())
+        await until(lambda: "failed" in rig.reports.seen)
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+        return rig.reports.seen
+
+    seen = asyncio.run(main())
+    assert seen[seen.index("started") + 1 : seen.index("failed")] == ["queued"]
+
+
+class Slow(Memory):
+    """A kernel that takes until it is let, and remembers how many write to it at once."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family = family  # type: ignore[misc]  # of another family than the rig's
+        self.let = threading.Event()
+        self.at_once = self.most = 0
+
+    def sync(self, table: ForwardingTable) -> Applied:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        assert self.let.wait(20)
+        self.at_once -= 1
+        return super().sync(table)
+
+
+def test_SYN_11_families_are_written_beside_each_other_and_each_by_one_sync_at_a_time() -> None:
+    async def main() -> None:
+        state = State("node1")
+        kernels = [Slow(family) for family in Family]
+        desired = Desired(Settings(mode="nftables"), "node1", state, Family)
+        periods = Periods(minimum=0.0, retry=0.01)
+        syncs = [FamilySync(kernel, desired, state, periods, Reports()) for kernel in kernels]
+        tasks = [asyncio.create_task(each.run()) for each in syncs]
+        try:
+            state.replace(Resource.SLICES, [])
+            state.replace(Resource.SERVICES, [service("web")])
+            for _ in range(3):
+                for each in syncs:
+                    each.request()
+                await until(lambda: [kernel.at_once for kernel in kernels] == [1, 1])
+                await asyncio.sleep(0)
+            for kernel in kernels:
+                kernel.let.set()
+            await until(lambda: not any(each.at_work or each.statistics().pending for each in syncs))
+            assert [kernel.most for kernel in kernels] == [1, 1]
+        finally:
+            for kernel in kernels:
+                kernel.let.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_SYN_7_an_error_of_our_own_making_is_a_failed_sync_and_not_the_end() -> None:
     async def scenario(rig: Rig) -> None:
         rig.list_all("web")
         await until(lambda: rig.kernel.calls == ["sync"])
