@@ -24,7 +24,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 256 << 20
 """A file that is larger is not read: 10,000 Services with slices of 100 endpoints fit, as JSON."""
 MAX_YAML_BYTES = 64 << 20
-"""As YAML it costs 25 times its size in memory while it is parsed."""
+"""As YAML that cannot be cut (`yaml_pieces`) it costs 25 times its size in memory while it is parsed."""
 
 _RACY_NS = 100_000_000
 """A file that changed so shortly before it was read may change again and show the same time and size."""
@@ -57,7 +57,7 @@ class Tools(NamedTuple):
     """What a scan needs from elsewhere."""
 
     to_json: Callable[[bytes], bytes]
-    """`yaml_json.Converter.convert`."""
+    """`yaml_children.Converter.convert`."""
     writes: Callable[[Path], int | None] = lambda _: 0
     """`watching.Watcher.writes`: a number that another write to the file changes; None while it is being written."""
 

@@ -105,7 +105,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
 def parse(name: str, data: bytes, to_json: Callable[[bytes], bytes]) -> Content:
     """The objects in the bytes of a file.
 
-    `name` is the file's, for complaints; `to_json` turns YAML into one JSON array (`yaml_json.Converter.convert`).
+    `name` is the file's, for complaints; `to_json` turns YAML into one JSON array (`yaml_children.Converter.convert`).
     JSON is recognised by the suffix, or by its opening brace under another name (it is YAML too if it is no JSON).
 
     Raises:

@@ -37,7 +37,7 @@ from proxy.sources.base import Resource, Sink, prepare
 from proxy.sources.manifest_files import Files, Tools, Unreadable, printable, scan
 from proxy.sources.manifest_objects import ORIGIN, FileError, Loaded, Problem, merge, parse
 from proxy.sources.watching import Watcher, set_within
-from proxy.sources.yaml_json import Converter
+from proxy.sources.yaml_children import Converter
 from proxy.state import SECOND_LOOK, suspicious
 
 __all__ = ["FileError", "Loaded", "ManifestSource", "Problem", "Unreadable", "load", "loads"]

@@ -1,34 +1,32 @@
-"""YAML as JSON, converted in a child process where it is large.
+"""YAML as JSON: what YAML means here, and the program of the children that convert large texts.
 
-ryaml is fast (some 12 MB/s), but it holds the interpreter's lock from beginning to end, in whatever thread it runs:
-5,000 Services would stop the event loop for 0.3 s.  What it returns takes some 25 times the memory of the text, which
-an agent would never get back.  A child process costs 60 ms and has neither trouble, and when memory runs out it is the
-child that the kernel kills.  JSON comes back, so that YAML and JSON take one way from there: `proxy.objects` decodes
-both.
+`yaml_children` runs this file by its path, so it imports nothing of ours.
 
-This file is the child's program too (it is run by its path), so it imports nothing of ours.
-
-What YAML means here: ryaml reads YAML 1.2, with anchors and aliases; it refuses duplicate keys, recursion deeper than
-128 and aliases that expand without measure ("repetition limit exceeded").  Timestamps stay text.  Merge keys (`<<`)
-are expanded here; keys that are no text become text, as kubectl does.
+ryaml reads YAML 1.2, with anchors and aliases; it refuses duplicate keys, recursion deeper than 128 and aliases that
+expand without measure ("repetition limit exceeded").  Timestamps stay text.  Merge keys (`<<`) are expanded here; keys
+that are no text become text, as kubectl does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
-import subprocess
+import struct
 import sys
-import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import ryaml
 
-LARGE = 256 * 1024
-"""Bytes of YAML from which a child converts: less than 30 ms of parsing."""
+ITEMS = "items"
+"""The key under which a list has its objects."""
+TASK = struct.Struct("=QQ?")
+"""A piece of text for a child: where it begins and ends, and whether it goes on with the items of a list."""
+DONE = struct.Struct("=QQQ")
+"""Before what a child makes of a piece: where that began, and the sizes of its `Outline` and of its JSON."""
 
 _PLACE = re.compile(r" at line (\d+) column (\d+)")
 _POSITION = re.compile(r" at position (\d+)")
@@ -39,8 +37,31 @@ class YamlError(Exception):
     """A text is not YAML; the message begins with `line 12, column 3: ` wherever the parser knows."""
 
 
+class Outline(NamedTuple):
+    """What must be known of the documents of a piece of text to join them with those of its neighbours."""
+
+    documents: int
+    first: tuple[str, ...]
+    """The keys of the first document."""
+    last: tuple[str, ...]
+    """The keys of the last document."""
+    begins: bool
+    """Whether the first document begins with items."""
+    ends: bool
+    """Whether the last document ends with items."""
+
+
 def to_json(text: str) -> bytes:
     """The documents of a YAML text, as one JSON array.
+
+    Raises:
+        YamlError: it is no YAML.
+    """
+    return outlined(text)[1]
+
+
+def outlined(text: str) -> tuple[Outline, bytes]:
+    """The outline of a YAML text, and its documents as one JSON array.
 
     Raises:
         YamlError: it is no YAML.
@@ -52,55 +73,28 @@ def to_json(text: str) -> bytes:
     if "<<" in text:
         documents = _merged(documents)
     try:
-        return msgspec.json.encode(documents)
+        return _outline(documents), msgspec.json.encode(documents)
     except TypeError:  # a key that is null
-        return msgspec.json.encode(_with_text_keys(documents))
+        documents = _with_text_keys(documents)
+        return _outline(documents), msgspec.json.encode(documents)
 
 
-class Converter:
-    """Converts one text at a time, from any thread; `stop` ends a conversion at once."""
+def _outline(documents: list[Any]) -> Outline:
+    first, last = (
+        [each if isinstance(each, dict) else {} for each in (documents[0], documents[-1])] if documents else ({}, {})
+    )
+    return Outline(
+        len(documents),
+        tuple(map(_text_key, first)),
+        tuple(map(_text_key, last)),
+        begins=_has_items(first, next(iter(first), None)),
+        ends=_has_items(last, next(reversed(last), None)),
+    )
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._stopped = False
 
-    def convert(self, data: bytes) -> bytes:
-        """The documents of a YAML text in UTF-8, as one JSON array.
-
-        Raises:
-            YamlError: it is no YAML, the child died, or `stop` was called.
-        """
-        if len(data) < LARGE:
-            return to_json(data.decode())
-        with self._lock:
-            if self._stopped:
-                raise YamlError("stopped")
-            try:
-                child = self._child = subprocess.Popen(  # noqa: S603  # our own file, no shell
-                    [sys.executable, "-I", __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-            except OSError as error:
-                raise YamlError(f"no process to parse it: {error.strerror}") from None
-        try:
-            out, complaint = child.communicate(data)
-        finally:
-            self._child = None
-        if child.returncode == 0:
-            return out
-        if child.returncode == 1 and (message := complaint.decode(errors="replace").strip()):
-            raise YamlError(message.splitlines()[-1])
-        raise YamlError(f"the process that parses it ended with status {child.returncode}: is memory short?")
-
-    def stop(self) -> None:
-        """End the conversion that runs, and refuse every later one."""
-        with self._lock:
-            self._stopped = True
-            if (child := self._child) is not None:
-                child.kill()
+def _has_items(document: dict[Any, Any], key: Any) -> bool:
+    """Whether a key of a document is that of its items, and there are some."""
+    return bool(key == ITEMS and isinstance(document[key], list) and document[key])
 
 
 def _explain(message: str, text: str) -> str:
@@ -157,24 +151,36 @@ def _with_text_keys(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_text_keys(item) for item in value]
     if isinstance(value, dict):
-        return {
-            key if isinstance(key, str) else msgspec.json.encode(key).decode(): _with_text_keys(item)
-            for key, item in value.items()
-        }
+        return {_text_key(key): _with_text_keys(item) for key, item in value.items()}
     return value
 
 
-def _child() -> int:
+def _text_key(key: Any) -> str:
+    return key if isinstance(key, str) else msgspec.json.encode(key).decode()
+
+
+def _child(text: int, tasks: int) -> int:
+    """Convert pieces of a text until no task is left; both are descriptors, and that of tasks is shared."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     gc.disable()  # nothing is garbage before the end, and looking for it takes a fifth of the time
     try:
-        sys.stdout.buffer.write(to_json(sys.stdin.buffer.read().decode()))
+        while task := os.read(tasks, TASK.size):
+            start, end, continues = TASK.unpack(task)
+            piece = os.pread(text, end - start, start).decode()
+            outline, made = outlined(f"{ITEMS}:\n{piece}" if continues else piece)
+            told = msgspec.json.encode(outline)
+            sys.stdout.buffer.write(DONE.pack(start, len(told), len(made)) + told)
+            sys.stdout.buffer.write(made)
+        sys.stdout.flush()
     except YamlError as error:
+        os.lseek(tasks, 0, os.SEEK_END)  # what else there is need not be tried
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_child())
+    ended = _child(int(sys.argv[1]), int(sys.argv[2]))
+    sys.stderr.flush()
+    os._exit(ended)  # without a last look at each object of the last piece

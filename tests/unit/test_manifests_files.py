@@ -8,7 +8,7 @@ import pytest
 from proxy.sources import manifest_files
 from proxy.sources.manifest_files import Tools, scan
 from proxy.sources.manifests import Unreadable, load
-from proxy.sources.yaml_json import Converter
+from proxy.sources.yaml_children import Converter
 
 
 class Counting:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy.objects import Key
 from proxy.sources.manifest_objects import Content, FileError, keep_last_valid, merge, parse
 from proxy.sources.manifests import loads
-from proxy.sources.yaml_json import Converter
+from proxy.sources.yaml_children import Converter
 
 
 def content(text, name="web.yaml"):

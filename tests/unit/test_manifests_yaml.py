@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.sources.yaml_json import LARGE, Converter, YamlError, to_json
+from proxy.sources.yaml_children import LARGE, Converter
+from proxy.sources.yaml_json import YamlError, to_json
 
 
 def values(text):
@@ -99,7 +100,7 @@ def test_stop_ends_a_conversion_and_refuses_the_next():
     thread = threading.Thread(target=convert)
     thread.start()
     deadline = time.monotonic() + 10
-    while converter._child is None and thread.is_alive() and time.monotonic() < deadline:
+    while not converter._children and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     converter.stop()
     thread.join(10)
