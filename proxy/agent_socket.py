@@ -48,6 +48,8 @@ VERSION = 1
 NAME = "agent.sock"
 LONGEST_REQUEST = 1 << 16
 TIMEOUT = 30.0
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises where an answer, or a request, is none."""
 """Seconds without a byte after which the agent counts as stuck."""
 
 T = TypeVar("T")
@@ -146,7 +148,7 @@ def request(verb: str, *, run_directory: str = RUN_DIRECTORY, timeout: float = T
             return _collect(_lines(connection))
     except TimeoutError:
         raise AgentError(f"the agent at {path} does not answer") from None
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         raise AgentError(f"the agent at {path} answers in a way that this sluice does not understand") from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
@@ -199,7 +201,7 @@ def table(family: Family, run_directory: str = RUN_DIRECTORY) -> WantedTable:
         for part in map(decoder.decode, answer.parts):
             routes.update(part.routes)
             hairpins.update(part.hairpins)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise AgentError(f"the agent's table cannot be read: {error}") from None
     return WantedTable(
         ForwardingTable(family=head.family, node=head.node, routes=routes, hairpins=frozenset(hairpins)), head
@@ -243,5 +245,5 @@ def objects(service: str = "", run_directory: str = RUN_DIRECTORY) -> list[Any]:
 def _decode(kind: type[T], data: msgspec.Raw) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise AgentError(f"the agent's answer cannot be read: {error}") from None

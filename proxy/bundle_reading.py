@@ -174,6 +174,8 @@ def read(name: str) -> Bundle:
         listed = msgspec.json.decode(found["objects.json"], type=dict[str, Any]) if "objects.json" in found else {}
     except KeyError as error:
         raise BundleError(f"{name}: it is no bundle of sluice: it has no {error.args[0]}") from None
+    except TypeError:  # tarfile's own, where the header of gzip has no end
+        raise BundleError(f"{name}: it cannot be read: it ends too early") from None
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise BundleError(f"{name}: it cannot be read: {' '.join(str(error).split())}") from None
     items = listed.get("items", [])

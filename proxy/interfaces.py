@@ -10,7 +10,6 @@ import asyncio
 import errno
 import socket
 import struct
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
@@ -26,6 +25,7 @@ from rules.netlink.attributes import (
     messages,
     parse_text,
 )
+from rules.netlink.errors import error_code
 
 SETTLE = 0.05
 """Seconds in which a burst of changes (an interface comes up) is one change."""
@@ -93,7 +93,7 @@ def _dump(netlink: socket.socket, request: int, answer: int, header: struct.Stru
         for each in messages(netlink.recv(1 << 16)):
             interrupted = interrupted or bool(each.flags & DUMP_INTERRUPTED)
             if each.kind == _NLMSG_ERROR:
-                code = -int.from_bytes(each.payload[:4], sys.byteorder, signed=True)
+                code = error_code(each.payload)
                 raise OSError(code, "the interfaces cannot be read")
             if each.kind == _NLMSG_DONE:
                 if interrupted:

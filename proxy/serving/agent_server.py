@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.agent_socket import LONGEST_REQUEST, NAME, VERSION, Line, Request
+from proxy.agent_socket import LONGEST_REQUEST, NAME, UNREADABLE, VERSION, Line, Request
 from proxy.logs import get_logger
 
 REQUEST_SECONDS = 10.0
@@ -142,9 +142,18 @@ async def _receive(connection: socket.socket) -> Request:
             if not more:
                 raise RefusedError("a request is one line, and this one has no end")
             data += more
+    return decode_request(data.partition(b"\n")[0])
+
+
+def decode_request(line: bytes) -> Request:
+    """What is asked.
+
+    Raises:
+        RefusedError: it cannot be understood.
+    """
     try:
-        request = msgspec.json.decode(data.partition(b"\n")[0], type=Request)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        request = msgspec.json.decode(line, type=Request)
+    except UNREADABLE as error:
         raise RefusedError(f"a request is one line of JSON with version, verb and arguments: {error}") from None
     if request.version != VERSION:
         raise RefusedError(f"this agent speaks version {VERSION} of the protocol, not {request.version}")

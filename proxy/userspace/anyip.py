@@ -40,6 +40,7 @@ from rules.netlink.attributes import (
     message,
     messages,
 )
+from rules.netlink.errors import error_code
 
 PROTOCOL = 83
 """Who made a route, as `ip route` says it.  /etc/iproute2/rt_protos has no name for 83, nor does the kernel."""
@@ -188,7 +189,7 @@ def _acknowledgements(netlink: socket.socket, count: int) -> Iterator[int]:
         for each in messages(netlink.recv(1 << 16)):
             if each.kind == _ERROR:
                 count -= 1
-                yield -int.from_bytes(each.payload[:4], sys.byteorder, signed=True)
+                yield error_code(each.payload)
 
 
 def _read(netlink: socket.socket, family: Family) -> LocalRoutes | None:
@@ -204,7 +205,7 @@ def _read(netlink: socket.socket, family: Family) -> LocalRoutes | None:
         for each in messages(netlink.recv(1 << 16)):
             interrupted = interrupted or bool(each.flags & DUMP_INTERRUPTED)
             if each.kind == _ERROR:
-                code = -int.from_bytes(each.payload[:4], sys.byteorder, signed=True)
+                code = error_code(each.payload)
                 if code == errno.ENOENT:  # no such table: no address either
                     return LocalRoutes(frozenset(), frozenset())
                 raise OSError(code, "the routes cannot be read")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from typing import TypeVar
 
 import msgspec
 
@@ -212,6 +213,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 Answer = Welcome | Applied | TableAnswer | StatsAnswer | TracesAnswer | Done | Failed
 
+T = TypeVar("T")
+
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
@@ -246,12 +249,19 @@ def body_length(head: bytes) -> int:
 
 def decode_request(body: bytes) -> Request:
     """Raises msgspec.MsgspecError on anything else."""
-    return _requests.decode(body)
+    return _decode(_requests, body)
 
 
 def decode_answer(body: bytes) -> Answer:
     """Raises msgspec.MsgspecError on anything else."""
-    return _answers.decode(body)
+    return _decode(_answers, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:

@@ -10,12 +10,12 @@ import contextlib
 import os
 import socket
 import struct
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from rules.forwarding import Address, Family, Protocol
 from rules.netlink.attributes import DUMP, REQUEST, DecodeError, message, messages
+from rules.netlink.errors import error_code
 
 _NETLINK_SOCK_DIAG = 4
 _BY_FAMILY = 20
@@ -90,7 +90,7 @@ def _answers(netlink: socket.socket, family: Family, protocol: Protocol) -> Iter
     while True:
         for each in messages(netlink.recv(1 << 17)):
             if each.kind == _ERROR:
-                code = -int.from_bytes(each.payload[:4], sys.byteorder, signed=True)
+                code = error_code(each.payload)
                 raise OSError(code, f"the sockets of {protocol.name} cannot be read: {os.strerror(code)}")
             if each.kind == _DONE:
                 return

@@ -53,6 +53,10 @@ class NetlinkError(OSError):
     """A request or a dump was refused; `errno` says why."""
 
 
+_MOST = 0x7FFFFFFF
+"""The highest number that `os.strerror` takes; the kernel's own end at 4095."""
+
+
 def failure(place: int, answer: Message) -> Failure:
     """A refused message, from the error with which it was answered, and its place."""
     return Failure(place, error_code(answer.payload), *_details(answer))
@@ -60,7 +64,8 @@ def failure(place: int, answer: Message) -> Failure:
 
 def error_code(payload: bytes) -> int:
     """The errno of an error message, or of the end of a dump; 0: it is an acknowledgement."""
-    return -int.from_bytes(payload[:4], "little" if U32.pack(1)[0] else "big", signed=True)
+    code = -int.from_bytes(payload[:4], "little" if U32.pack(1)[0] else "big", signed=True)
+    return min(code, _MOST)
 
 
 def raise_refusal(answer: Message) -> None:

@@ -178,6 +178,32 @@ def test_a_table_comes_over_whole(table: ForwardingTable) -> None:
         assert agent_socket.table(table.family) == (table, head)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'{"error": "\xff"}\n',
+        b'{"result": "\xff"}\n',
+        b"[" * 100_000 + b"\n",
+        b"null\n",
+        b'{"result": ' + b"[" * 100_000 + b"\n",
+    ],
+)
+def test_an_agent_that_answers_nonsense_is_told_of_in_one_line(tmp_path: Path, answer: bytes) -> None:
+    with socket.create_server(str(socket_path(str(tmp_path))), family=socket.AF_UNIX) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(1000)
+                client.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(AgentError):
+            agent_socket.status(str(tmp_path))
+        thread.join()
+
+
 # --- clients that behave badly ---------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,11 @@
 import errno
 import socket
 import struct
+import sys
 
 import pytest
 
-from rules.netlink.attributes import DecodeError, be32, messages
+from rules.netlink.attributes import ERROR, DecodeError, Message, be32, messages
 from rules.netlink.errors import (
     Failure,
     LostAnswerError,
@@ -14,6 +15,7 @@ from rules.netlink.errors import (
     StaleGenerationError,
     TransactionError,
     error_code,
+    raise_refusal,
 )
 from rules.netlink.transaction import NetfilterSocket, attributes_of, family_of, netfilter_message
 
@@ -254,6 +256,13 @@ def test_refusals_keep_their_places_and_what_the_kernel_sent_back(talk):
     assert error_code(answer.payload) == errno.ENOENT
     assert b"no such thing" in answer.payload
     assert netfilter.refusals([]) == []
+
+
+def test_a_code_that_no_kernel_gives_is_an_error_like_others():
+    # One of its bytes is the sign: its opposite is no number that the C library takes.
+    found = Message(ERROR, 0, 1, (-(1 << 31)).to_bytes(4, sys.byteorder, signed=True))
+    with pytest.raises(NetlinkError, match="Unknown error"):
+        raise_refusal(found)
 
 
 def test_refusals_that_were_lost_are_no_success(talk):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,13 @@ def test_a_table_crosses_as_it_is(table) -> None:  # type: ignore[no-untyped-def
     framed = control.frame(asked)
     assert control.body_length(framed[: control.HEAD_BYTES]) == len(framed) - control.HEAD_BYTES
     assert control.decode_request(framed[control.HEAD_BYTES :]) == asked
+
+
+@pytest.mark.parametrize("body", [b"\x81\xa4type\xa4\xffdone", b"\xa1\xff", b"\x81\xa4type" + b"\x91" * 100_000, b""])
+@pytest.mark.parametrize("decode", [control.decode_request, control.decode_answer])
+def test_a_frame_of_nonsense_is_no_message(decode, body) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(msgspec.MsgspecError):
+        decode(body)
 
 
 def test_a_length_of_nonsense_is_refused() -> None:
