@@ -4,7 +4,9 @@ The files are of one large node: kube-proxy's rules as iptables-save, `nft list 
 them, its objects, and a bundle, which an agent that carries the same Services makes beside kube-proxy's rules.  What is
 decoded is what the objects come to: verify says so, or there are no figures.
 
-    python -m bench.sources
+    python -m bench.sources [--baseline CHECKOUT]
+
+With a second checkout each command is run in turns in both.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ from bench.agent import Agent, Source
 from bench.cluster import NODE, PORT, Cluster
 from bench.report import Row
 from bench.rounds import Place
+from bench.verbs import Cost
 from rules.foreign.nft_model import TABLE
 
 TARGET = 2.0
@@ -77,12 +81,15 @@ def of_bundle(cluster: Cluster, bundle: str) -> dict[str, list[str]]:
     return found
 
 
-def rows(place: Place, cluster: Cluster, times: int, *, bundle: bool = True) -> Iterator[Row]:
-    """The figures of one checkout.
+def rows(
+    places: Mapping[str, Place], cluster: Cluster, times: int, *, only: str = "", bundle: bool = True
+) -> Iterator[Row]:
+    """The figures of each checkout, of the commands that have `only` in their names.
 
     Raises:
         RuntimeError: a verb failed, or verify found a difference.
     """
+    place = next(iter(places.values()))
     files = write(cluster, place.directory)
     wanted = commands(cluster, files)
     if bundle:
@@ -90,10 +97,17 @@ def rows(place: Place, cluster: Cluster, times: int, *, bundle: bool = True) -> 
         wanted |= of_bundle(cluster, path)
     target = TARGET if cluster.services <= 10_000 else None
     for what, arguments in wanted.items():
-        verbs.run(place, arguments)  # the first one compiles
-        costs = [verbs.run(place, arguments) for _ in range(times)]
-        yield Row(str(cluster), what, "s", {"now": statistics.median(each.wall for each in costs)}, target)
-        yield Row(str(cluster), f"{what}: CPU", "s", {"now": statistics.median(each.cpu for each in costs)})
+        if only not in what:
+            continue
+        costs: dict[str, list[Cost]] = {name: [] for name in places}
+        for turn in range(times + 1):
+            for name, each in places.items():
+                cost = verbs.run(each, arguments)
+                if turn:  # the first one compiles
+                    costs[name].append(cost)
+        for title, of in ((what, attrgetter("wall")), (f"{what}: CPU", attrgetter("cpu"))):
+            medians = {name: statistics.median(map(of, found)) for name, found in costs.items()}
+            yield Row(str(cluster), title, "s", medians, target if title == what else None)
 
 
 def make_bundle(place: Place, cluster: Cluster, files: Files) -> str:
@@ -118,15 +132,28 @@ def _nft(*arguments: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sources", description=__doc__.partition("\n")[0])
     parser.add_argument("--services", type=int, default=10_000)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--only", default="", metavar="WORDS", help="commands that have these in their names")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="CHECKOUT", help="another one, measured in turns with this one"
+    )
     parser.add_argument("--bundle", action=argparse.BooleanOptionalAction, default=True, help="a bundle too (root)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sources.json")
     options = parser.parse_args(arguments)
     kernel.enter_own_namespace()
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as directory:
-        place = Place(Path(__file__).parents[1], Path(directory), kernel.Listener())
+        checkouts = {"now": Path(__file__).parents[1]}
+        if options.baseline:
+            checkouts["before"] = options.baseline.resolve()
+        listener = kernel.Listener()
+        places = {}
+        for name, checkout in checkouts.items():
+            own = Path(directory) / name
+            own.mkdir()
+            places[name] = Place(checkout, own, listener)
         cluster = Cluster(options.services, 4)
-        found = report.results(rows(place, cluster, options.times, bundle=options.bundle))
+        made = rows(places, cluster, options.times, only=options.only, bundle=options.bundle)
+        found = report.results(made)
     report.save(found, options.out)
     print(report.table(found))  # noqa: T201  # what the program is for
     return 0

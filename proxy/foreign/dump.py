@@ -21,6 +21,8 @@ def main(files: Sequence[str], format_: Format, wanted: Filter, *, read: Read = 
     except (ForeignError, DataplaneError) as error:
         sys.stderr.write(f"sluice dump: {error}\n")
         return 2
+    for note in dict.fromkeys(note for each in found for note in each.reading.notes):
+        sys.stderr.write(f"sluice dump: {note}\n")
     asked = wanted != Filter()
     shown = []
     for each in found:
@@ -32,6 +34,8 @@ def main(files: Sequence[str], format_: Format, wanted: Filter, *, read: Read = 
         sys.stderr.write(f"sluice dump: {PROXY} has no rules in this network namespace\n")
         return 1 if asked else 0
     if asked and not any(each.table.routes for each in shown):
-        sys.stderr.write("sluice dump: no frontend is what was asked for\n")
+        nameless = any(each.reading.mode == "ipvs" for each in found) and (wanted.namespace or wanted.service)
+        more = "; in ipvs mode nothing has the names of Services: ask by --address or --port" if nameless else ""
+        sys.stderr.write(f"sluice dump: no frontend is what was asked for{more}\n")
         return 1
     return 0

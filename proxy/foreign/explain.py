@@ -1,18 +1,19 @@
 """`sluice explain` of another proxy's rules: what becomes of a connection by what they hold.
 
-Objects stand beside them where they are known (of manifests, or of an agent that runs here too): then every difference
-between what is wanted and what the rules do to this connection is told.
+Objects stand beside them where they are known (of manifests, the API server, or an agent that runs here too): then
+every difference between what is wanted and what the rules do to this connection is told.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
 from proxy.agent_socket import AgentError, NoAgentError
+from proxy.beside import beside
 from proxy.config.settings import Settings
 from proxy.explain.agent import ask
 from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_client
@@ -21,13 +22,14 @@ from proxy.explain.surroundings import Surroundings, look
 from proxy.explain.verb import tell
 from proxy.explain.watching import watch
 from proxy.foreign import wanted
-from proxy.foreign.sources import PROXY, Files, Found, from_files, from_node, without_them
-from proxy.foreign.wanted import CannotTellError
+from proxy.foreign.sources import PROXY, Files, Found, are_large, from_files, from_node, without_them
+from proxy.foreign.wanted import CannotTellError, Objects
 from proxy.node import Interfaces
 from rules.dataplane import DataplaneError
-from rules.foreign.comparison import as_held_by
+from rules.foreign.comparison import as_held_by, named
 from rules.foreign.gathering import ForeignError, Reading
-from rules.forwarding import Address, Endpoint, Family, ForwardingTable, family_of
+from rules.forwarding import Address, Endpoint, Family, ForwardingTable, Frontend, Route, family_of
+from rules.node_ports import is_loopback
 
 Read = Callable[[Iterable[Family]], Sequence[Found]]
 Readings = dict[Family, Found]
@@ -81,7 +83,7 @@ def gather(where: Where, settings: Settings, asked: Asked, client: Client, means
     """The evidence for a question.
 
     Raises:
-        CannotTellError: manifests cannot be read.
+        CannotTellError: the objects cannot be had.
         DataplaneError: a program failed.
         ForeignError: there are no rules of another proxy, or none that can be read.
         ValueError: something makes no sense.
@@ -95,27 +97,32 @@ def gather(where: Where, settings: Settings, asked: Asked, client: Client, means
 
 def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
     """By rules that were saved, of a node that may be anywhere."""
-    found = from_files(where.files.rules)
+    with beside(lambda: from_files(where.files.rules), worth_it=are_large(where.files)) as reading:
+        objects = wanted.of_given(where.files.manifests, settings)
+        found = reading()
     readings, problems = one_each(found)
     evidence = of_this_node(_tables(readings), Surroundings())
     addresses = where.node_addresses
     cluster: Cluster | None = None
-    if where.files.manifests:
+    if objects:
         interfaces: Interfaces | None = {"node": addresses} if addresses else None
-        manifests = _manifests(where, settings, asked, readings, interfaces)
+        manifests = _manifests(objects, settings, asked, readings, interfaces)
         cluster, addresses = manifests.cluster, addresses or tuple(manifests.local_addresses)
         problems += manifests.problems
         evidence = msgspec.structs.replace(evidence, node_ips=manifests.node_ips)
-    addresses = addresses or _node_port_addresses(found)
+    addresses = addresses or _own_addresses(found) or _node_port_addresses(found)
+    tables = _tables(with_names(readings, cluster))
     return msgspec.structs.replace(
         evidence,
+        tables=tables,
+        kernel=tables,
         words=f"{_title(readings)}, saved in {', '.join(where.files.rules)}",
         surroundings=None,
         live=False,
         local_addresses=frozenset(addresses),
         node_ips={**_first_of_each(addresses), **evidence.node_ips},
         cluster=as_held(cluster, readings, configured=where.configured),
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(dict.fromkeys([*problems, *notes_of(readings, asked, cluster)])),
     )
 
 
@@ -127,11 +134,11 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
     readings, problems = one_each(means.read(families))
     if not readings:
         raise ForeignError(f"{PROXY} has no rules in this network namespace")
-    evidence = of_this_node(_tables(readings), without_them(means.look(*ends)))
+    evidence = without_device(of_this_node(_tables(readings), without_them(means.look(*ends))), readings)
     cluster: Cluster | None = None
-    if where.files.manifests:
+    if objects := wanted.of_given(where.files.manifests, settings):
         interfaces = {"node": tuple(sorted(evidence.local_addresses))}
-        manifests = _manifests(where, settings, asked, readings, interfaces)
+        manifests = _manifests(objects, settings, asked, readings, interfaces)
         cluster = manifests.cluster
         problems += manifests.problems
     else:
@@ -143,22 +150,72 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
             problems.append(f"{error}: the rules alone are explained")
         else:
             cluster = known.cluster if known.here else None
+    tables = _tables(with_names(readings, cluster))
     return msgspec.structs.replace(
         evidence,
+        tables=tables,
+        kernel=tables,
         words=f"{_title(readings)} on this node",
         live=False,
         cluster=as_held(cluster, readings, configured=where.configured),
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(dict.fromkeys([*problems, *notes_of(readings, asked, cluster)])),
     )
 
 
+def without_device(evidence: Evidence, readings: Readings) -> Evidence:
+    """The evidence without the addresses that mode ipvs has bound: they are Services', and none of the node's."""
+    own = {family: each.reading.own for family, each in readings.items() if each.reading.own is not None}
+    if not own:
+        return evidence
+    others = frozenset(each for each in evidence.local_addresses if family_of(each) not in own)
+    addresses = others.union(*own.values())
+    node_ips = {family: each for family, each in evidence.node_ips.items() if each in addresses}
+    return msgspec.structs.replace(
+        evidence, local_addresses=addresses, node_ips={**_first_of_each(_outer(addresses)), **node_ips}
+    )
+
+
+def with_names(readings: Readings, cluster: Cluster | None) -> Readings:
+    """What was read with the names that objects have, where rules have none."""
+    if cluster is None:
+        return readings
+    return {
+        family: each._replace(reading=named(each.reading, cluster.wanted[family])) if family in cluster.wanted else each
+        for family, each in readings.items()
+    }
+
+
+def notes_of(readings: Readings, asked: Asked, cluster: Cluster | None) -> Iterator[str]:
+    """What should be known beside an answer by rules, a sentence each."""
+    for each in readings.values():
+        yield from each.reading.notes
+    of_ipvs = [each.reading.table for each in with_names(readings, cluster).values() if each.reading.mode == "ipvs"]
+    if of_ipvs and cluster is None and not isinstance(asked, AskedAddress):
+        yield "in ipvs mode nothing has the names of Services: ask about an address, or give manifests with -f"
+    if any(
+        route.policy_local and _is_asked(frontend, route, asked)
+        for table in of_ipvs
+        for frontend, route in table.routes.items()
+    ):
+        yield (
+            "in ipvs mode local pods and the node are given the same backends as everybody, under policy Local too, "
+            "where the node is not masqueraded (IPVS-15, IPVS-21)"
+        )
+
+
+def _is_asked(frontend: Frontend, route: Route, asked: Asked) -> bool:
+    """Whether a question may be about a route."""
+    if isinstance(asked, AskedAddress):
+        return frontend.port == asked.port and frontend.address in (b"", asked.address)
+    return route.label.partition(":")[0] == str(asked.key)
+
+
 def _manifests(
-    where: Where, settings: Settings, asked: Asked, readings: Readings, interfaces: Interfaces | None
+    objects: Objects, settings: Settings, asked: Asked, readings: Readings, interfaces: Interfaces | None
 ) -> Evidence:
     """What manifests come to where the proxy runs in the mode of its rules."""
     from proxy.explain.manifests import from_manifests  # noqa: PLC0415  # YAML, which others do without
 
-    objects = wanted.of_manifests(where.files.manifests)
     told = wanted.in_mode_of(settings, next(iter(readings.values())).reading)
     return from_manifests(objects.loaded, told, socket.gethostname(), asked, interfaces=interfaces)
 
@@ -210,6 +267,16 @@ def _tables(readings: Readings) -> dict[Family, ForwardingTable]:
 def _node_port_addresses(found: Iterable[Found]) -> tuple[Address, ...]:
     readings: Iterable[Reading] = (each.reading for each in found)
     return tuple(sorted(address for each in readings for address in each.table.node.node_port_addresses or ()))
+
+
+def _own_addresses(found: Iterable[Found]) -> tuple[Address, ...]:
+    """The node's own addresses, where they were saved beside its rules."""
+    return tuple(_outer(frozenset(address for each in found for address in each.reading.own or ())))
+
+
+def _outer(addresses: Iterable[Address]) -> list[Address]:
+    """Addresses in order, loopback last."""
+    return sorted(addresses, key=lambda each: (is_loopback(each), each))
 
 
 def _first_of_each(addresses: Iterable[Address]) -> dict[Family, Address]:

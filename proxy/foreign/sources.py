@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +16,20 @@ import msgspec
 
 from proxy.addresses import lenient_address
 from proxy.explain.surroundings import Surroundings
+from proxy.foreign import ipvs
 from rules.dataplane import DataplaneError
-from rules.foreign import detect, kube_proxy_iptables, kube_proxy_nftables, nft_json, saved
+from rules.foreign import detect, kube_proxy_iptables, kube_proxy_ipvs, kube_proxy_nftables, nft_json, saved
 from rules.foreign.gathering import ForeignError, Reading
 from rules.foreign.nft_model import FAMILIES, TABLE
+from rules.foreign.saved import SavedFamily
 from rules.forwarding import Address, Family
 from rules.iptables.programs import available
+from rules.iptables.text import FILTER, NAT
 
 PROXY = "kube-proxy"
 STANDARD_INPUT = "-"
+LARGE = 2 << 20
+"""Bytes of rules and of manifests that take as long to decode as a process costs, many times over."""
 
 _GET_TABLE = 1
 _NAME = 1
@@ -38,7 +43,7 @@ class Found(NamedTuple):
     where: str
     """`this node`, or the file."""
     dataplane: str
-    """By what the kernel has them: `nftables`, `iptables-nft`, `iptables-legacy`, `iptables`."""
+    """By what the kernel has them: `nftables`, `iptables-nft`, `iptables-legacy`, `iptables`, `ipvs`."""
     reading: Reading
 
     @property
@@ -68,7 +73,7 @@ def sort_files(names: Iterable[str]) -> Files:
     if len(manifests) > 1:
         raise ValueError(
             f"of manifests, -f takes one file or directory: {' and '.join(manifests)} are no rules "
-            "(iptables-save, nft list ruleset, nft -j list ruleset)"
+            "(iptables-save, nft list ruleset, nft -j list ruleset, ipvsadm -Sn, ipset save, ip -j addr)"
         )
     return Files(manifests[0] if manifests else "", tuple(rules))
 
@@ -79,18 +84,16 @@ def from_files(names: Iterable[str]) -> list[Found]:
     Raises:
         ForeignError: a file has none, or cannot be read; the message names it.
     """
-    found = []
+    gathered = detect.Gathered()
     for name in names:
         shown = "standard input" if name == STANDARD_INPUT else name
         try:
-            data = sys.stdin.buffer.read() if name == STANDARD_INPUT else Path(name).read_bytes()
-            readings = detect.readings(data)
+            gathered.add(shown, sys.stdin.buffer.read() if name == STANDARD_INPUT else Path(name).read_bytes())
         except ForeignError as error:
             raise ForeignError(f"{shown}: {error}") from None
         except OSError as error:
             raise ForeignError(f"{shown}: {error.strerror}") from None
-        found += [Found(shown, each.mode, each) for each in readings]
-    return found
+    return [Found(each.where, each.reading.mode, each.reading) for each in gathered.readings()]
 
 
 def from_node(families: Iterable[Family] = tuple(Family)) -> list[Found]:
@@ -102,6 +105,21 @@ def from_node(families: Iterable[Family] = tuple(Family)) -> list[Found]:
     """
     wanted = tuple(families)
     return [*_nftables(wanted), *_iptables(wanted)]
+
+
+def are_large(files: Files) -> bool:
+    """Whether both rules and manifests are there, and take so long that two processes had better share them."""
+    return (
+        bool(files.manifests) and min(map(_size, (files.manifests, max(files.rules, key=_size, default="")))) >= LARGE
+    )
+
+
+def _size(name: str) -> int:
+    try:
+        path = Path(name)
+        return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else (path,)))
+    except OSError:
+        return 0
 
 
 def addresses(text: str) -> tuple[Address, ...]:
@@ -171,9 +189,31 @@ def _nftables(families: Sequence[Family]) -> Iterator[Found]:
 
 
 def _iptables(families: Sequence[Family]) -> Iterator[Found]:
+    """Rules of iptables mode, and those of ipvs mode with what belongs to them."""
+    found: list[Found] = []
+    others: dict[Family, SavedFamily] = {}
     for family in families:
         for backend, programs in available(family).items():
             for each in saved.split(programs.saved()):
-                reading = kube_proxy_iptables.decode(each)
-                if reading is not None and each.family is family:
-                    yield Found("this node", f"iptables-{backend}", reading)
+                if each.family is not family:
+                    continue
+                reading = None if kube_proxy_ipvs.is_meant(each) else kube_proxy_iptables.decode(each)
+                if reading is not None:
+                    found.append(Found("this node", f"iptables-{backend}", reading))
+                elif family not in others or kube_proxy_ipvs.is_meant(each):
+                    others[family] = each
+    yield from found
+    yield from _ipvs({family: others.get(family) for family in families}, {each.reading.table.family for each in found})
+
+
+def _ipvs(rules: Mapping[Family, SavedFamily | None], others: Collection[Family]) -> Iterator[Found]:
+    """What there is of ipvs mode, with its rules of iptables; `others`: families that another mode serves."""
+    meant = {family for family, each in rules.items() if each is not None and kube_proxy_ipvs.is_meant(each)}
+    # Without rules the sets may be there still, and the servers: somebody has flushed the rules.
+    if not meant and (others or not ipvs.has_sets()):
+        return
+    state = ipvs.state()
+    for family, each in rules.items():
+        if family in meant or (family not in others and kube_proxy_ipvs.is_there(state, family)):
+            kept = each or SavedFamily(family, {NAT: {}, FILTER: {}})
+            yield Found("this node", kube_proxy_ipvs.MODE, kube_proxy_ipvs.decode(kept, state, family))

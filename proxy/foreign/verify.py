@@ -14,15 +14,16 @@ from typing import NamedTuple, TextIO
 
 from proxy import agent_socket, modes
 from proxy.agent_socket import AgentError, NoAgentError
+from proxy.beside import beside
 from proxy.config.settings import Settings
 from proxy.foreign import wanted
-from proxy.foreign.sources import PROXY, Files, Found, from_files, from_node
+from proxy.foreign.sources import PROXY, Files, Found, are_large, from_files, from_node
 from proxy.foreign.wanted import CannotTellError, Objects
-from proxy.node import Interfaces, normal_node_name
+from proxy.node import Interfaces
 from proxy.verify import Format, Verified, report
 from rules.dataplane import DataplaneError
 from rules.diff import compare
-from rules.foreign.comparison import as_held_by, capabilities_of
+from rules.foreign.comparison import as_held_by, capabilities_of, named
 from rules.foreign.gathering import ForeignError, Reading
 from rules.forwarding import Family, ForwardingTable
 
@@ -93,12 +94,14 @@ class _Comparison:
             ForeignError: there are no rules, or none that can be read.
             ValueError: the node's name is empty.
         """
-        self._load()
         if self._files.rules:
-            found = from_files(self._files.rules)
+            with beside(lambda: from_files(self._files.rules), worth_it=are_large(self._files)) as reading:
+                self._load()
+                found = reading()
             verified = list(self._compared(found))
             self._note_missing(found)
             return verified
+        self._load()
         found = list(self._read())
         kinds = sorted({each.dataplane for each in found})
         if len(kinds) > 1:
@@ -115,13 +118,8 @@ class _Comparison:
         return verified
 
     def _load(self) -> None:
-        settings = self._settings
-        if self._files.manifests:
-            self._objects = wanted.of_manifests(self._files.manifests)
-        elif settings.kubeconfig or settings.master:
-            name = normal_node_name(settings.hostname_override, socket.gethostname())
-            self._objects = wanted.of_api_server(settings, name)
-        elif self._files.rules:
+        self._objects = wanted.of_given(self._files.manifests, self._settings)
+        if self._objects is None and self._files.rules:
             raise CannotTellError(
                 "rules that were saved are compared with objects: give manifests with -f too, or an API server with "
                 "--kubeconfig"
@@ -139,10 +137,10 @@ class _Comparison:
                 continue
             if self._settings.mode not in {"", reading.mode}:
                 self.notes[f"mode {self._settings.mode} is configured, and the rules are of mode {reading.mode}"] = None
-            held = reading.table
-            drift = compare(
-                as_held_by(reading, table, configured=self._configured), held, capabilities_of(reading.mode)
-            )
+            self.notes.update(dict.fromkeys(reading.notes))
+            reading = named(reading, table)
+            told = as_held_by(reading, table, configured=self._configured)
+            drift = compare(told, reading.table, capabilities_of(reading.mode))
             where = "the kernel" if not self._files.rules else each.where
             yield Verified(each.title, drift, len(table.routes), where)
 

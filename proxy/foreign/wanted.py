@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from proxy.config.settings import Settings
-from proxy.node import Interfaces
+from proxy.node import Interfaces, normal_node_name
 from proxy.objects import EndpointSlice, Key, Node, Object, Service, ServiceCIDR
 from proxy.sources.base import Resource
 from rules.foreign.gathering import Reading
@@ -33,6 +34,24 @@ class Objects(NamedTuple):
     loaded: Loaded
     by: str
     """Whose they are, for people."""
+
+
+def of_given(manifests: str, settings: Settings) -> Objects | None:
+    """The objects of what a verb was given: manifests, else an API server; None: neither.
+
+    Args:
+        manifests: a file or a directory; empty: none were given.
+        settings: where the API server is (`kubeconfig`, `master`), and which node this is.
+
+    Raises:
+        CannotTellError: they cannot be had.
+        ValueError: the node's name is empty (NOD-1).
+    """
+    if manifests:
+        return of_manifests(manifests)
+    if settings.kubeconfig or settings.master:
+        return of_api_server(settings, normal_node_name(settings.hostname_override, socket.gethostname()))
+    return None
 
 
 def of_manifests(name: str) -> Objects:
@@ -80,7 +99,7 @@ def tables(
 
 def in_mode_of(settings: Settings, reading: Reading) -> Settings:
     """The settings of a proxy that runs in the mode of what was read."""
-    return msgspec.structs.replace(settings, mode="nftables" if reading.mode == "nftables" else "iptables")
+    return msgspec.structs.replace(settings, mode=reading.mode)
 
 
 # --- the API server --------------------------------------------------------------------------------------------

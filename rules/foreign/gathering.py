@@ -16,6 +16,7 @@ import msgspec
 
 from rules.explanation import Origin
 from rules.forwarding import (
+    Address,
     Backend,
     Detector,
     Endpoint,
@@ -41,12 +42,16 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """The rules of another proxy."""
 
     mode: str
-    """Its mode: `iptables` or `nftables`."""
+    """Its mode: `iptables`, `nftables` or `ipvs`."""
     table: ForwardingTable
     vague: frozenset[Frontend] = frozenset()
     """Frontends of which the rules don't tell whether they are an external IP or a load balancer's address."""
     untold: frozenset[str] = frozenset()
     """Fields of `NodeFacts` that these rules don't tell, as no Service of theirs depends on them."""
+    own: frozenset[Address] | None = None
+    """In mode ipvs, the node's own addresses of the family, where they are known."""
+    notes: tuple[str, ...] = ()
+    """What should be known beside the table, a sentence each."""
 
 
 class Condition(NamedTuple):

@@ -10,21 +10,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from socket import inet_pton
-from typing import NamedTuple
 
-from rules.foreign.gathering import Conditions, ForeignError, Gathering, Item, Reading, Step
-from rules.foreign.iptables_chains import FW, LOOPBACK, MARK_MASQ, OWN, SVC, SVL, ServiceChains
-from rules.foreign.saved import PREFIX, Options, SavedFamily, SavedRule
-from rules.forwarding import Address, Family, Frontend, Kind, NodeFacts, Protocol, Refusal
+import msgspec
+
+from rules.foreign.gathering import Conditions, Gathering, Item, Reading, Step
+from rules.foreign.iptables_chains import FW, LOOPBACK, MARK_MASQ, OWN, SVC, SVL, XLB, ServiceChains
+from rules.foreign.iptables_static import (
+    FORWARD,
+    POSTROUTING,
+    Jump,
+    check_forward,
+    check_jumps,
+    mark_of,
+    strange,
+)
+from rules.foreign.saved import Options, SavedFamily, SavedRule
+from rules.forwarding import Address, Family, Frontend, Kind, NodeFacts, Prefix, Protocol, Refusal
 from rules.iptables.text import FILTER, NAT
 from rules.node_ports import is_loopback
 
 MODE = "iptables"
 SERVICES = "KUBE-SERVICES"
 NODE_PORTS = "KUBE-NODEPORTS"
-POSTROUTING = "KUBE-POSTROUTING"
 EXTERNAL = "KUBE-EXTERNAL-SERVICES"
-FORWARD = "KUBE-FORWARD"
 FIREWALL = "KUBE-PROXY-FIREWALL"
 GUARD = "KUBE-FIREWALL"
 DEEPEST = 2
@@ -36,21 +44,11 @@ _SHOWN = 3
 _COMMENT = re.compile(r"(\S+) (cluster IP|external IP|loadbalancer IP)")
 _KINDS = {"cluster IP": Kind.CLUSTER_IP, "external IP": Kind.EXTERNAL_IP, "loadbalancer IP": Kind.LOAD_BALANCER}
 _REFUSED = re.compile(r"(\S+) has no (?:local )?endpoints")
-_XMARK = re.compile(r"(0x[0-9a-f]{1,8})(?:/(0x[0-9a-f]{1,8}))?")
-_NEW = {"--ctstate": "NEW"}
+_OLDER_EXTERNAL = (
+    "these are rules of an older version: the node's own connections to an external IP, and those that come in by a "
+    "bridge's port, go to no backend unless the address is the node's"
+)
 _REJECTS = {"icmp-port-unreachable", "icmp6-port-unreachable"}
-
-
-class Jump(NamedTuple):
-    """A rule in one of the kernel's own chains, which leads to one of kube-proxy's (IPT-1)."""
-
-    table: str
-    chain: str
-    to: str
-    new: bool = False
-    """Whether the rule asks for new connections, and for nothing else."""
-    since: bool = False
-    """Whether older versions have neither the rule nor the chain."""
 
 
 JUMPS = (
@@ -71,18 +69,10 @@ GUARD_JUMPS = (Jump(FILTER, "INPUT", GUARD), Jump(FILTER, "OUTPUT", GUARD))
 
 
 def decode(saved: SavedFamily) -> Reading | None:
-    """The table that rules make; None: kube-proxy has none of this mode there.
-
-    Raises:
-        ForeignError: these are the rules that its ipvs mode has beside its virtual servers.
-    """
+    """The table that rules make; None: kube-proxy has none of this mode there."""
     nat, filters = saved.chains[NAT], saved.chains[FILTER]
     if SERVICES not in nat and SERVICES not in filters and not any(name.startswith((SVC, SVL)) for name in nat):
         return None
-    if any("--match-set" in rule.options for rule in nat.get(SERVICES, ())):
-        raise ForeignError(
-            "these are iptables rules of kube-proxy's ipvs mode, whose Services are virtual servers that no rule shows"
-        )
     return _Decoder(saved).reading()
 
 
@@ -94,19 +84,23 @@ class _Decoder:
         self._filter = saved.chains[FILTER]
         self._family = saved.family
         self._found = Gathering(saved.family)
+        self._older_external = False
         self._damage = self._found.damage
         self._damage.update(saved.faults)
         self._services = ServiceChains(self._nat, saved.family, self._damage.add)
         self._guarded = set(self._guarded_frontends())
 
     def reading(self) -> Reading:
-        mark = self._mark()
+        complain = self._damage.add
+        mark = mark_of(self._nat, complain)
         node_port_addresses, loopback = self._read_services()
-        self._check_jumps(loopback=loopback)
+        check_jumps((*JUMPS, *(GUARD_JUMPS if loopback else ())), self._nat, self._filter, complain)
         self._read_node_ports(loopback=loopback)
         self._read_refusals(SERVICES)
         self._read_refusals(EXTERNAL)
-        self._check_static(mark, loopback=loopback)
+        check_forward(self._filter, mark, complain)
+        if loopback:
+            self._check_guard()
         self._check_guards()
         self._check_unserved()
         self._found.hairpins |= self._services.hairpins
@@ -117,10 +111,11 @@ class _Decoder:
             reject_closed_ports=False,
             health_check_ports=frozenset(self._health_check_ports()),
         )
-        return self._found.reading(MODE, facts)
+        reading = self._found.reading(MODE, facts)
+        return msgspec.structs.replace(reading, notes=(_OLDER_EXTERNAL,)) if self._older_external else reading
 
     def _strange(self, chain: str, rule: SavedRule) -> None:
-        self._damage.add(f"{chain} has a rule that is not understood: {rule.text}")
+        self._damage.add(strange(chain, rule))
 
     # --- frontends -----------------------------------------------------------------------------------------------
 
@@ -167,7 +162,22 @@ class _Decoder:
         if item is None or (item.vague and not vague):
             steps = item.steps if item is not None else []
             item = self._found.items[frontend] = Item(kind, hit[1] if hit else "", steps, vague=vague)
+        if kind is Kind.EXTERNAL_IP and target.startswith(SVC) and self._read_older_external(options):
+            return True
         return self._add(frontend, item, target, options)
+
+    def _read_older_external(self, options: Options) -> bool:
+        """Of the two rules that older versions have for an external IP: whether it is the one that adds nothing.
+
+        The first is for whoever does not come by a bridge's port and is not the node; the second for everybody, where
+        the address is the node's own.
+        """
+        if options.keys() == {"--dst-type"} and options["--dst-type"] == "LOCAL":
+            return True
+        if options.keys() == {"!--physdev-is-in", "!--src-type"} and options["!--src-type"] == "LOCAL":
+            options.clear()
+            self._older_external = True
+        return False
 
     def _add(self, frontend: Frontend, item: Item, target: str, options: Options) -> bool:
         """Write down what a rule does with a frontend; whether it was understood."""
@@ -196,11 +206,8 @@ class _Decoder:
         if depth > DEEPEST:
             self._damage.add(f"{frontend} leads through too many chains: {chain} is not followed")
             return
-        ranges = [way.source for way in entry.ways if way.source is not None]
-        if ranges:
-            item.ranges += tuple(ranges)
-            if not entry.drops and frontend not in self._guarded:
-                self._damage.add(f"{frontend}: sources outside its ranges are not dropped")
+        if ranges := tuple(way.source for way in entry.ways if way.source is not None):
+            self._read_ranges(frontend, item, ranges, drops=entry.drops)
         onward: set[tuple[str, Conditions]] = set()
         for way in entry.ways:
             if way.frontend not in (None, frontend):
@@ -213,6 +220,13 @@ class _Decoder:
         if entry.picks is not None:
             self._found.lists[chain] = entry.picks
             item.steps.append(Step(conditions, chain))
+        elif entry.drops and chain.startswith(XLB) and item.refusal is None:
+            item.refusal = Refusal.DROP
+
+    def _read_ranges(self, frontend: Frontend, item: Item, ranges: tuple[Prefix, ...], *, drops: bool) -> None:
+        item.ranges += ranges
+        if not drops and frontend not in self._guarded:
+            self._damage.add(f"{frontend}: sources outside its ranges are not dropped")
 
     def _read_node_ports(self, *, loopback: bool) -> None:
         """KUBE-NODEPORTS of nat (IPT-9)."""
@@ -268,61 +282,9 @@ class _Decoder:
 
     # --- the static part -----------------------------------------------------------------------------------------
 
-    def _mark(self) -> int:
-        """The bit of the mark (IPT-7), checked against the rules that act on it (IPT-6)."""
-        rules = self._nat.get(MARK_MASQ, [])
-        mark = 0
-        if len(rules) == 1 and rules[0].options.keys() == {"-j", "--set-xmark"}:
-            hit = _XMARK.fullmatch(rules[0].options["--set-xmark"])
-            mark = int(hit[1], 16) if hit is not None and hit[1] == hit[2] else 0
-        elif len(rules) == 1 and rules[0].options.keys() == {"-j", "--or-mark"}:
-            hit = _XMARK.fullmatch(rules[0].options["--or-mark"])
-            mark = int(hit[1], 16) if hit is not None else 0
-        if not mark or rules[0].target != "MARK":
-            self._damage.add(f"{MARK_MASQ} does not set a mark")
-            return NodeFacts().mark
-        bit, there = f"{mark:#x}", [dict(rule.options) for rule in self._nat.get(POSTROUTING, ())]
-        for each in there:
-            each.pop("--random-fully", None)
-        unmarked = {"!--mark": f"{bit}/{bit}", "-j": "RETURN"}
-        clear = ({"-j": "MARK", "--set-xmark": f"{bit}/0x0"}, {"-j": "MARK", "--xor-mark": bit})
-        masquerade = {"-j": "MASQUERADE"}
-        if there != [{"--mark": f"{bit}/{bit}", **masquerade}] and not any(
-            there == [unmarked, each, masquerade] for each in clear
-        ):
-            self._damage.add(f"{POSTROUTING} does not masquerade what is marked with {bit}, and that alone")
-        return mark
-
-    def _check_jumps(self, *, loopback: bool) -> None:
-        there = {
-            (table, chain, rule.target): rule.options
-            for table, chains in ((NAT, self._nat), (FILTER, self._filter))
-            for chain, rules in chains.items()
-            if not chain.startswith(PREFIX)
-            for rule in rules
-        }
-        for jump in (*JUMPS, *(GUARD_JUMPS if loopback else ())):
-            chains = self._nat if jump.table == NAT else self._filter
-            if jump.since and jump.to not in chains:
-                continue
-            found = there.get((jump.table, jump.chain, jump.to))
-            if found is None:
-                self._damage.add(f"{jump.chain} of table {jump.table} has no rule that leads to {jump.to}")
-            elif found != {**(_NEW if jump.new else {}), "-j": jump.to}:
-                self._damage.add(f"{jump.chain} of table {jump.table} leads to {jump.to} under other conditions")
-
-    def _check_static(self, mark: int, *, loopback: bool) -> None:
-        """KUBE-FORWARD, and what protects loopback (IPT-14, IPT-15)."""
-        for rule in self._filter.get(FORWARD, ()):
-            if rule.target not in {"ACCEPT", "DROP"}:
-                self._strange(FORWARD, rule)
-        marked = {"--mark": f"{mark:#x}/{mark:#x}", "-j": "ACCEPT"}
-        answers = {"--ctstate": "RELATED,ESTABLISHED", "-j": "ACCEPT"}
-        accepted = [rule.options for rule in self._filter.get(FORWARD, ())]
-        for wanted, what in ((marked, "what is marked for masquerade"), (answers, "answers")):
-            if not any(options.items() >= wanted.items() for options in accepted):
-                self._damage.add(f"{FORWARD} does not accept {what}")
-        if loopback and not any(
+    def _check_guard(self) -> None:
+        """What protects loopback (IPT-14)."""
+        if not any(
             rule.options.get("-d") == str(LOOPBACK) and rule.target == "DROP" for rule in self._filter.get(GUARD, ())
         ):
             self._damage.add(f"{GUARD} does not keep others than the node itself from 127.0.0.0/8")

@@ -165,6 +165,8 @@ def _expression(value: Any, depth: int = 0) -> str:
         return str(value)
     if depth > _DEEPEST:
         raise ValueError("too deep")
+    if not value:
+        raise ValueError("nothing")  # next would end the generators that this is called in
     kind, body = next(iter(value.items()))
     if kind in _VERDICTS:
         return _VERDICTS[kind](body)

@@ -3,17 +3,21 @@
 Two steps, so that no packet is torn: the first takes away what leads new connections in, the second all the rest.  A
 packet that was translated and marked just before still finds the chain that masquerades it.
 
-The kubelet's chains (`KUBE-FIREWALL`, `KUBE-MARK-DROP`, `KUBE-KUBELET-CANARY`, `KUBE-IPTABLES-HINT`) and those of
-other programs whose names begin alike (kube-router's `KUBE-ROUTER-...`) stay.
+The kubelet's chains (`KUBE-FIREWALL` of the filter table, `KUBE-MARK-DROP`, `KUBE-KUBELET-CANARY`,
+`KUBE-IPTABLES-HINT`) and those of other programs whose names begin alike (kube-router's `KUBE-ROUTER-...`) stay.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from rules.foreign.kube_proxy_ipvs_sets import Set, Sets
+from rules.forwarding import Address, Protocol
 from rules.iptables.text import FILTER, NAT
+from rules.ipvs.messages import Key
+from rules.netlink.ipset_messages import Element
 
 MANGLE = "mangle"
 NFT_TABLE = "kube-proxy"
@@ -33,6 +37,8 @@ _CHAINS: Mapping[str, frozenset[str]] = {
             # Those of mode ipvs.
             "KUBE-NODE-PORT",
             "KUBE-LOAD-BALANCER",
+            # Where older versions have source ranges; the kubelet's of that name is in the filter table.
+            "KUBE-FIREWALL",
         }
     ),
     FILTER: frozenset(
@@ -56,6 +62,16 @@ _CHAINS: Mapping[str, frozenset[str]] = {
 _OF_SERVICES = re.compile(r"KUBE-(?:SVC|SVL|SEP|FW|EXT|XLB)-.+")
 _BUILT_IN = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
 _ENTRIES = frozenset({"PREROUTING", "OUTPUT"})
+_ADDRESSED = (
+    *(Set.CLUSTER_IP, Set.EXTERNAL_IP, Set.EXTERNAL_IP_LOCAL, Set.LOAD_BALANCER),
+    *(Set.NODE_PORT_SCTP, Set.NODE_PORT_LOCAL_SCTP),
+)
+"""Sets that name virtual servers by address and port."""
+_PORTS: Mapping[int, tuple[Set, ...]] = {
+    Protocol.TCP: (Set.NODE_PORT_TCP, Set.NODE_PORT_LOCAL_TCP),
+    Protocol.UDP: (Set.NODE_PORT_UDP, Set.NODE_PORT_LOCAL_UDP),
+}
+"""Sets that name node ports."""
 _LENT = "KUBE-MARK-MASQ"
 """A chain that others are told to use (the option externalSetMarkChain of the CNI plugin portmap)."""
 _TARGET = re.compile(r' -[jg] "?([^\s"]+)')
@@ -120,6 +136,25 @@ def removal(saved: str) -> Removal:
         sum(len(table.jumps) for table in tables),
         tuple(kept),
     )
+
+
+def has_server(key: Key, sets: Sets, bound: Collection[Address], own: Collection[Address]) -> bool:
+    """Whether a virtual server is one of kube-proxy's mode ipvs (IPVS-9), which carries no owner itself.
+
+    Args:
+        key: its address, protocol and port.
+        sets: kube-proxy's sets of the family.
+        bound: the addresses on kube-proxy's device, of the family.
+        own: the node's other addresses.
+    """
+    if key.mark:
+        return False
+    if key.address in bound:
+        return True
+    at_address = Element(key.address, key.protocol, key.port)
+    if any(at_address in sets[which] for which in _ADDRESSED):
+        return True
+    return key.address in own and any(Element(port=key.port) in sets[each] for each in _PORTS.get(key.protocol, ()))
 
 
 def is_theirs(table: str, chain: str) -> bool:

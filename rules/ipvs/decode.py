@@ -120,7 +120,7 @@ def _facts(facts: NodeFacts, state: State) -> NodeFacts:
 
 def _hairpins(state: State) -> Iterator[Endpoint]:
     for each in state.of(Set.HAIRPIN):
-        if each.address == each.other and (protocol := _protocol(each.protocol)) is not None and each.port:
+        if each.address == each.other and (protocol := protocol_of(each.protocol)) is not None and each.port:
             yield Endpoint(each.address, protocol, each.port)
 
 
@@ -157,7 +157,7 @@ class _Decoder:
                     yield frontend, self._route(frontend, element, which)
 
     def _frontend(self, element: Element) -> Frontend | None:
-        protocol = _protocol(element.protocol)
+        protocol = protocol_of(element.protocol)
         if protocol is None or not 0 < element.port < 65536:
             return None
         # A network is half of all addresses: a node port.
@@ -212,7 +212,8 @@ def _backends(server: Server | None) -> frozenset[Backend]:
     return frozenset(Backend(*each) for each in server.reals) if server is not None else frozenset()
 
 
-def _protocol(number: int) -> Protocol | None:
+def protocol_of(number: int) -> Protocol | None:
+    """A protocol that Services balance, by its number; None: another."""
     try:
         return Protocol(number)
     except ValueError:
@@ -258,7 +259,7 @@ def element_words(element: Element) -> str:
         text = format_address(element.address)
         parts.append(f"{text}/{element.length}" if element.length and not element.other else text)
     if element.port:
-        protocol = _protocol(element.protocol)
+        protocol = protocol_of(element.protocol)
         parts.append(f"{protocol.name.lower()}:{element.port}" if protocol is not None else str(element.port))
     if element.other:
         text = format_address(element.other)
@@ -270,5 +271,5 @@ def server_words(key: Key) -> str:
     """A virtual server as people call it."""
     if key.mark:
         return f"for mark {key.mark:#x}"
-    protocol = _protocol(key.protocol)
+    protocol = protocol_of(key.protocol)
     return str(Frontend(key.address, protocol, key.port)) if protocol is not None else format_address(key.address)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.netlink import ipset_messages
@@ -33,6 +33,8 @@ __all__ = [
     "SetSpec",
     "SetType",
 ]
+
+T = TypeVar("T")
 
 _AT_ONCE = 16
 """Messages of elements to a send: half a megabyte."""
@@ -102,9 +104,22 @@ class Ipsets(Closing):
         """
         return self._held(name, elements=True)
 
+    def any_set(self, name: str) -> tuple[SetSpec, frozenset[Element]] | None:
+        """A set that others made, whatever its size and options, and its elements without what they carry.
+
+        None: there is none, or it is of a type that nobody here knows.
+
+        Raises:
+            DataplaneError: the kernel refused, or said what makes no sense.
+        """
+        return self._listed(name, elements=True, decode=ipset_messages.decode_any_set)
+
     def _held(self, name: str, *, elements: bool) -> HeldSet | None:
+        return self._listed(name, elements=elements, decode=ipset_messages.decode_set)
+
+    def _listed(self, name: str, *, elements: bool, decode: Callable[[Iterable[bytes]], T | None]) -> T | None:
         try:
-            return ipset_messages.decode_set(self._socket.dump(ipset_messages.list_request(name, elements=elements)))
+            return decode(self._socket.dump(ipset_messages.list_request(name, elements=elements)))
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None

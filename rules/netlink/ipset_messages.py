@@ -347,6 +347,32 @@ def decode_set(payloads: Iterable[bytes]) -> HeldSet | None:
     return HeldSet(spec, elements, references) if begun else None
 
 
+def decode_any_set(payloads: Iterable[bytes]) -> tuple[SetSpec, frozenset[Element]] | None:
+    """A set of a known type that others made, whatever its size and options; None: there is none, or another type.
+
+    Raises:
+        DecodeError: they are no answers to `list_request`.
+    """
+    spec: SetSpec | None = None
+    elements: set[Element] = set()
+    for payload in payloads:
+        found = attributes(attributes_of(payload))
+        if spec is None:
+            try:
+                kind = SetType(text_of(found, _TYPE))
+            except ValueError:
+                return None
+            number = parse_u8(found.get(_FAMILY, b"\0"))
+            family = next((each for each in Family if each.af == number), None)
+            if (family is None) is not (kind is SetType.PORT):
+                return None
+            spec = SetSpec(text_of(found, _NAME), kind, family)
+        for kind_of, data in attribute_list(found.get(_LIST_OF_DATA, b"")):
+            if kind_of == _DATA:
+                elements.add(_decode_element(spec, data)[0])
+    return (spec, frozenset(elements)) if spec is not None else None
+
+
 def _decode_spec(found: Mapping[int, bytes], options: Mapping[int, bytes]) -> SetSpec | None:
     try:
         kind = SetType(text_of(found, _TYPE))

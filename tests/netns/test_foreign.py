@@ -18,8 +18,11 @@ from proxy import cli
 from proxy.config.settings import Settings
 from proxy.foreign import sources, verify
 from proxy.foreign.sources import from_node
+from rules.dataplane import UnavailableError
 from rules.foreign.detect import readings
-from rules.forwarding import Family
+from rules.forwarding import Family, parse_address
+from rules.ipvs.services import Ipvs
+from rules.netlink.ipset import Element, HeldSet, Ipsets, SetType
 from tests.netns.isolation import own_network_namespace
 
 pytestmark = pytest.mark.netns
@@ -255,3 +258,49 @@ def test_without_any_rules_the_verbs_say_so(capsys: pytest.CaptureFixture[str]) 
             code, _, err = sluice(capsys, *arguments, "--of", "kube-proxy")
             assert "kube-proxy has no rules in this network namespace" in err, arguments
             assert code == {"dump": 0, "verify": 1, "explain": 2}[arguments[0]]
+
+
+# --- ipvs mode, as far as a kernel without IPVS goes; with one: test_foreign_ipvs.py -------------------------------
+
+
+IPVS = RECORDING.parents[1] / "recordings" / "kube-proxy-v1.20.2-ipvs"
+
+
+@pytest.fixture
+def half_of_ipvs() -> Iterator[None]:
+    """The sets and rules of ipvs mode in a namespace, and not its servers."""
+    with own_network_namespace():
+        run("ip", "link", "set", "lo", "up")
+        sets = (IPVS / "ipset-save").read_text()
+        # The sizes that newer kernels print are not for others to set.
+        run("ipset", "restore", text=re.sub(r" bucketsize \d+| initval \S+", "", sets))
+        run("iptables-nft-restore", text=(IPVS / "iptables-save").read_text())
+        yield
+
+
+def test_sets_of_any_size_are_read(half_of_ipvs: None) -> None:
+    """kube-proxy's have room for 65,536 elements, which ours never have."""
+    with Ipsets() as ipsets:
+        assert ipsets.held("KUBE-LOAD-BALANCER-SOURCE-CIDR") == HeldSet(None, {}, 1)
+        found = ipsets.any_set("KUBE-LOAD-BALANCER-SOURCE-CIDR")
+        assert ipsets.any_set("KUBE-NO-SUCH-SET") is None
+        ports = ipsets.any_set("KUBE-NODE-PORT-TCP")
+    assert found is not None
+    spec, elements = found
+    assert (spec.type, spec.family) == (SetType.IP_PORT_NET, Family.IPV4)
+    vip = parse_address("203.0.113.30")
+    assert elements == {Element(vip, 6, 80, parse_address(network), 24) for network in ("192.168.50.0", "198.51.100.0")}
+    assert ports is not None
+    assert {each.port for each in ports[1]} == {31080, 31081, 31082, 31083}
+
+
+def test_a_kernel_without_ipvs_is_one_line(half_of_ipvs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        with Ipvs():
+            pytest.skip("this kernel has IPVS")
+    except UnavailableError:
+        pass
+    code, out, err = sluice(capsys, "dump", "--of", "kube-proxy")
+    assert (code, out) == (2, "")
+    assert "kube-proxy runs in ipvs mode, and its virtual servers cannot be read: this kernel has no IPVS" in err
+    assert err.count("\n") == 1

@@ -19,6 +19,8 @@ from rules.foreign.gathering import ForeignError
 from rules.forwarding import check_route
 
 RECORDING = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2"
+IPVS = Path(__file__).parents[1] / "recordings" / "kube-proxy-v1.20.2-ipvs"
+ALL_OF_IPVS = "of ipvs mode"
 FILES = ("iptables.iptables-save", "iptables.ip6tables-save", "nftables.nft", "nftables.nft.json")
 WORDS = st.sampled_from(
     [
@@ -48,13 +50,35 @@ WORDS = st.sampled_from(
         "٣",
         "\r",
         "4" * 5000,
+        "-A",
+        "-t",
+        "-r",
+        "[::]:0",
+        "10.96.30.1:80",
+        "10.96.30.1,tcp:80",
+        "10.96.30.1,udp:0,0.0.0.0/0",
+        "create",
+        "add",
+        "KUBE-CLUSTER-IP",
+        "hash:ip,port,net",
+        "family",
+        '[{"ifindex":',
     ]
 )
 
 
 @functools.cache
 def lines(name: str) -> list[str]:
+    if name == ALL_OF_IPVS:
+        return ipvs_lines()
     return (RECORDING / name).read_text().split("\n")
+
+
+@functools.cache
+def ipvs_lines() -> list[str]:
+    """Of ipvs mode: what was recorded of 1.20.2, all programs' texts one after the other."""
+    names = ("ipvsadm-save", "ipset-save", "iptables-save", "ip6tables-save", "addresses.json")
+    return "\n".join((IPVS / name).read_text() for name in names).split("\n")
 
 
 def must_read(data: bytes) -> None:
@@ -74,7 +98,7 @@ def must_read(data: bytes) -> None:
             assert all("\n" not in sentence for sentence in table.damage)
 
 
-@pytest.mark.parametrize("name", FILES[:3])
+@pytest.mark.parametrize("name", [*FILES[:3], ALL_OF_IPVS])
 @given(data=st.data())
 def test_mutilated_lines_are_read_or_refused(name: str, data: st.DataObject) -> None:
     text = list(lines(name))
@@ -97,7 +121,7 @@ def test_mutilated_lines_are_read_or_refused(name: str, data: st.DataObject) -> 
     must_read("\n".join(text).encode(errors="replace"))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, ALL_OF_IPVS])
 @given(data=st.data())
 def test_mutilated_bytes_are_read_or_refused(name: str, data: st.DataObject) -> None:
     whole = bytearray("\n".join(lines(name)).encode())
@@ -138,6 +162,26 @@ def test_arbitrary_values_in_json_are_read_or_refused(data: st.DataObject) -> No
     must_read(json.dumps(document).encode())
 
 
+@given(data=st.data())
+def test_arbitrary_addresses_in_json_are_read_or_refused(data: st.DataObject) -> None:
+    document = json.loads((IPVS / "addresses.json").read_text())
+    for _ in range(data.draw(st.integers(1, 5))):
+        place: Any = document
+        while isinstance(place, dict | list) and place:
+            key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
+            if not isinstance(place[key], dict | list) or data.draw(st.integers(0, 2)) == 0:
+                place[key] = copy.deepcopy(data.draw(STRANGE))
+                break
+            place = place[key]
+    rest = "\n".join(ipvs_lines()[:-2])
+    must_read(f"{rest}\n{json.dumps(document)}".encode())
+
+
+def test_addresses_that_are_nested_too_deeply() -> None:
+    must_read(b'[{"ifindex": ' + b"[" * 100_000)
+    must_read(b'[{"ifindex": 1, "addr_info": 2}]\n' * 1000)
+
+
 def test_json_that_is_nested_too_deeply() -> None:
     deep = b'{"nftables": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}"
     must_read(deep)
@@ -155,7 +199,24 @@ def test_json_that_is_nested_too_deeply() -> None:
 
 @given(
     st.binary(max_size=300),
-    st.sampled_from([b"", b'{"nftables": [', b"*nat\n:KUBE-SERVICES - [0:0]\n", b"table ip kube-proxy {\n"]),
+    st.sampled_from(
+        [
+            b"",
+            b'{"nftables": [',
+            b"*nat\n:KUBE-SERVICES - [0:0]\n",
+            b"table ip kube-proxy {\n",
+            b"-A -t 10.96.0.1:80 -s ",
+            b"create KUBE-CLUSTER-IP hash:ip,port family inet\nadd KUBE-CLUSTER-IP ",
+            b'[{"ifindex": 1, "ifname": "kube-ipvs0", "addr_info": [',
+        ]
+    ),
 )
 def test_arbitrary_bytes_are_read_or_refused(data: bytes, head: bytes) -> None:
     must_read(head + data)
+
+
+def test_an_empty_object_among_expressions_is_no_rule_that_is_known() -> None:
+    text = (RECORDING / "nftables.nft.json").read_text()
+    changed = text.replace('[[0, {"goto"', '[{}, [0, {"goto"', 1)
+    assert changed != text
+    must_read(changed.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import ryaml
 
 from proxy import cli
 from proxy.config.settings import Settings
-from proxy.foreign import choice, verify, wanted
+from proxy.foreign import choice, sources, verify, wanted
 from proxy.foreign.sources import Files, from_files, sort_files
 from proxy.foreign.wanted import CannotTellError
 from tests.builders import networks
@@ -43,6 +44,27 @@ def edited(tmp_path: Path, pattern: str, replacement: str, name: str = IPTABLES)
     file = tmp_path / "rules"
     file.write_text(text)
     return str(file)
+
+
+def test_large_files_are_decoded_in_a_process_of_their_own_to_the_same_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = edited(tmp_path, r"10\.244\.1\.11", "10.244.1.99")
+    commands = [
+        (verb, "-f", rules, "-f", OBJECTS, *NODE1)
+        for verb in ("verify", "explain default/web")
+        for rules in (IPTABLES, changed)
+    ]
+    said = [sluice(capsys, *command[0].split(), *command[1:]) for command in commands]
+    assert {code for code, _, _ in said} >= {0, 1}
+    copies = []
+    monkeypatch.setattr(sources, "LARGE", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.setattr(os, "fork", lambda fork=os.fork: copies.append(1) or fork())
+    assert [sluice(capsys, *command[0].split(), *command[1:]) for command in commands] == said
+    assert len(copies) == len(commands)
+    assert sluice(capsys, "verify", "-f", edited(tmp_path, "KUBE", "CUBE"), "-f", OBJECTS, *NODE1)[0] == 2
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Work in a copy of this process, while this one does something else: for verbs that have two large things to decode.
+
+The interpreter runs one thread at a time, so a second processor helps a second process alone.  A copy starts with all
+that is loaded; only what it returns crosses over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class DiedError(OSError):
+    """The copy ended without a result; the message says how."""
+
+
+class _Copy(Generic[T]):
+    """A forked copy at work."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._from, into = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _work(work, into)
+        os.close(into)
+
+    def result(self) -> T:
+        """What the work returned; it raises what the work raised, or DiedError."""
+        with open(self._from, "rb") as results:  # noqa: PTH123  # it has no path
+            self._from = -1
+            data = results.read()
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        if not data or status:
+            raise DiedError(
+                f"the process that reads them ended with status {os.waitstatus_to_exitcode(status)}: is memory short?"
+            )
+        returned: T
+        returned, error = pickle.loads(data)  # noqa: S301  # of our own copy
+        if error is not None:
+            raise error
+        return returned
+
+    def end(self) -> None:
+        """Have it end, whether it is done or not."""
+        if self._from >= 0:
+            os.close(self._from)
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], T], *, worth_it: bool) -> Iterator[Callable[[], T]]:
+    """Start some work in a copy of this process; what is given waits for it and returns its result.
+
+    It is done here and when asked for unless it is `worth_it`, there is a second processor, and no other thread runs.
+    """
+    if not worth_it or len(os.sched_getaffinity(0)) < 2 or threading.active_count() > 1:
+        yield work
+        return
+    copy = _Copy(work)
+    try:
+        yield copy.result
+    finally:
+        copy.end()
+
+
+def _work(work: Callable[[], T], into: int) -> None:
+    """The copy's life: it ends here."""
+    status = 1
+    try:
+        try:
+            found = pickle.dumps((work(), None), protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:  # noqa: BLE001  # it is raised again where it is waited for
+            found = pickle.dumps((None, error))
+        with open(into, "wb") as results:  # it has no path
+            results.write(found)
+        status = 0
+    finally:
+        os._exit(status)
