@@ -15,8 +15,11 @@ VM = $(BIN)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL)) $(VM_OPTIONS)
 # Files are named, as collecting all tests costs a guest a minute.
 VM_PYTEST = $(BIN)/python -m pytest -v -p no:cacheprovider -p no:xdist -o faulthandler_timeout=300 \
 	--junitxml={results}/junit.xml tests/netns/test_scenarios.py tests/netns/test_ipset_kernel.py tests/netns/test_ipvs_kernel.py
+# Restarts and an upgrade in mode ipvs, and what the wire and netlink show of it.  Test files name groups of xdist's.
+VM_RESTARTS = $(BIN)/python -m pytest -v -p no:cacheprovider -o faulthandler_timeout=1200 --junitxml={results}/junit.xml \
+	tests/netns/test_upgrade.py tests/netns/test_ipvs_arp.py -k "ipvs or writes"
 
-.PHONY: help install install-iptables demo test test-page bench-page test-vm test-all vm-shell check format bench bench-ipvs lock fuzz soak dist deb image clean
+.PHONY: help install install-iptables demo test test-page bench-page test-vm test-all vm-shell kube-proxy check format bench bench-ipvs lock fuzz soak dist deb image clean
 
 help:                ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -83,9 +86,13 @@ test-all: test  ## everything that test runs, all scenarios in modes iptables (b
 	@SLUICE_TEST_MODE=userspace $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/netns/test_scenarios.py
 	@$(VM) --deadline 3600 $(VM_PYTEST)
 	@SLUICE_TEST_MODE=ipvs $(VM) --deadline 5400 $(VM_PYTEST) tests/netns/test_ipvs_dataplane.py
+	@$(VM) --deadline 2400 $(VM_RESTARTS)
 
 vm-shell: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## a shell on a stock Debian kernel, over this file system
 	@$(VM) --shell
+
+kube-proxy:          ## the real kube-proxy 1.20 for the tests beside it, from Debian's source: KUBE_PROXY_BIN=.kube-proxy/kube-proxy
+	@tests/kube_proxy/build .kube-proxy
 
 bench: $(VENV)/.installed-dev $(VENV)/.installed-programs  ## time and memory at 1,000 to 50,000 Services; userspace against HAProxy (root; SIZES=1000 for less)
 	@command -v haproxy >/dev/null || { echo "==> from apt: haproxy"; $(APT) update; $(APT) install -y --no-install-recommends haproxy >/dev/null; }
@@ -99,8 +106,7 @@ $(VENV)/.installed-fuzz: requirements-fuzz.lock $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes -r requirements-fuzz.lock
 	@touch $@
 
-fuzz: $(VENV)/.installed-fuzz  ## the decoders on arbitrary bytes: hypothesis, then a minute of atheris each (FUZZ="--seconds 600")
-	@$(BIN)/python -m pytest -q -n auto --hypothesis-profile=fuzz tests/unit -k "arbitrary or mutated or mutilated or any_"
+fuzz: $(VENV)/.installed-fuzz  ## the decoders on arbitrary bytes: hypothesis, then a minute of atheris each, and a table (FUZZ="--seconds 600")
 	@$(BIN)/python -m tests.fuzz $(FUZZ)
 
 soak: $(VENV)/.installed $(VENV)/.installed-programs  ## 10 minutes of changes: flat memory, no drift (root; SOAK="--seconds 60" for less)

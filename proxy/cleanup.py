@@ -77,10 +77,9 @@ def _theirs(failures: list[str], *, agent_runs: bool) -> Iterator[str]:
         failures.append(f"{running}: stop it first, it would write everything again")
         return
     try:
-        yield from takeover.remove()
+        yield from takeover.remove_all()
     except DataplaneError as error:
         failures.append(str(error))
-    yield from takeover.left_of_ipvs()
 
 
 def _ours(open_dataplane: Callable[[str, Family], Dataplane], failures: list[str]) -> Iterator[str]:

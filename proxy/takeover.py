@@ -4,8 +4,8 @@ Sluice takes a node over in this order: its own rules come first, beside kube-pr
 connection; then kube-proxy's go.  Its rules may be wrong, half removed, or of several modes at once: whatever is there
 of them goes, and nothing of anybody else.
 
-What mode ipvs has outside of netfilter (virtual servers, a device, sets of addresses) is named, and left: virtual
-servers carry no owner.
+What mode ipvs has outside of netfilter (virtual servers, a device, sets of addresses) is named, and left, as open
+connections go through it; it goes on request, `remove_all`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from proxy import takeover_ipvs
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.foreign.removal import NFT_ENTRIES, NFT_TABLE, Removal, removal
 from rules.forwarding import Family
 from rules.iptables.programs import Programs, RestoreError, available
-from rules.ipvs import DEVICE, KUBE_PROXYS_DEVICE
 from rules.netlink.attributes import DecodeError, attributes, text, text_of
 from rules.netlink.errors import TransactionError
 from rules.netlink.transaction import NetfilterSocket, attributes_of, netfilter_message
@@ -54,7 +54,7 @@ def take_over(family: Family) -> list[str]:
         return []
     if running := who_runs():
         raise RunningError(f"{running}: once it has ended, run sluice cleanup --of {PROXY}")
-    return [*remove([family]), *left_of_ipvs()]
+    return [*remove([family]), *takeover_ipvs.left()]
 
 
 def present(family: Family) -> bool:
@@ -120,27 +120,20 @@ def remove(families: Iterable[Family] = tuple(Family)) -> Iterator[str]:
         raise DataplaneError("; ".join(failures))
 
 
-def left_of_ipvs(proc: Path = Path("/proc")) -> list[str]:
-    """What of mode ipvs is there and stays, and how it is removed, a sentence each.  Nothing is loaded to find out."""
-    found = []
-    try:
-        devices = (proc / "thread-self/net/dev").read_text()
-    except OSError:
-        devices = ""
-    try:
-        # Three lines of heading; those of real servers are indented.
-        servers = [line for line in (proc / "thread-self/net/ip_vs").read_text().splitlines()[3:] if line[:1] != " "]
-    except OSError:
-        servers = []
-    # Where mode ipvs is ours, these are our servers.
-    if servers and f"{DEVICE}:" not in devices:
-        found.append(f"{len(servers)} virtual servers of ipvs stay: if all are {PROXY}'s, run ipvsadm --clear")
-    if f"{KUBE_PROXYS_DEVICE}:" in devices:
-        found.append(
-            f"the device {KUBE_PROXYS_DEVICE} of {PROXY}'s mode ipvs stays: remove it by "
-            f"ip link delete {KUBE_PROXYS_DEVICE}"
-        )
-    return found
+def remove_all() -> Iterator[str]:
+    """Remove all that any of kube-proxy's modes has left, and say what was removed and what had to stay.
+
+    Raises:
+        DataplaneError: something could not be removed; what was said before is gone.
+    """
+    failures: dict[str, None] = {}
+    for part in (takeover_ipvs.remove_servers, remove, takeover_ipvs.remove_sets):
+        try:
+            yield from part()
+        except DataplaneError as error:
+            failures[str(error)] = None
+    if failures:
+        raise DataplaneError("; ".join(failures))
 
 
 def _saved(programs: Programs) -> str:

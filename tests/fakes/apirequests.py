@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -55,13 +55,16 @@ class Request:
 class Stream:
     """One watch that is open; tests may write to it, stop it and break it."""
 
-    def __init__(self, resource: str, query: Mapping[str, str], chunk: int) -> None:
+    def __init__(
+        self, resource: str, query: Mapping[str, str], chunk: int, convert: Callable[[Object], Object] | None = None
+    ) -> None:
         self.resource = resource
         self.query = query
         self.stalled = False
         """Set: nothing more is sent, though the connection stays."""
         self.pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._chunk = chunk
+        self._convert = convert
         self.broken = False
 
     def write(self, data: bytes) -> None:
@@ -71,6 +74,8 @@ class Stream:
             self.pieces.put_nowait(data[start : start + step])
 
     def event(self, value: Object) -> None:
+        if self._convert is not None and value["type"] != "ERROR":
+            value = {**value, "object": self._convert(value["object"])}
         self.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
 
     def end(self) -> None:
@@ -90,8 +95,12 @@ EVENT_FILLERS: dict[str, Any] = {
 }
 
 
-def route(path: str) -> tuple[ResourceType | None, str, str]:
-    """Resource, namespace and name of a path."""
+Version = tuple[str, str, str]
+"""Group, version and plural of a resource as a URL names them."""
+
+
+def route(path: str, older: Container[Version] = ()) -> tuple[ResourceType | None, str, str]:
+    """Resource, namespace and name of a path; `older` are versions that are served besides those of the store."""
     parts = path.strip("/").split("/")
     if parts[:1] == ["api"]:
         group, version, rest = "", parts[1] if len(parts) > 1 else "", parts[2:]
@@ -103,6 +112,8 @@ def route(path: str) -> tuple[ResourceType | None, str, str]:
     if len(rest) > 2 and rest[0] == "namespaces":
         namespace, rest = rest[1], rest[2:]
     resource = RESOURCES.get(rest[0]) if rest else None
+    if resource is not None and (group, version, resource.plural) in older:
+        resource = resource._replace(group=group, version=version)
     if resource is None or (resource.group, resource.version) != (group, version) or len(rest) > 2:
         return None, "", ""
     return resource, namespace, rest[1] if len(rest) == 2 else ""

@@ -21,6 +21,7 @@ import contextlib
 import json
 import ssl
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Self
 
 from aiohttp import web
@@ -30,6 +31,7 @@ from tests.fakes.apirequests import (
     Fault,
     Request,
     Stream,
+    Version,
     forbidden,
     invalid_watch,
     json_answer,
@@ -75,6 +77,7 @@ class FakeApiServer:
     second: how long a second of timeoutSeconds and of bookmarks takes, so that tests needn't wait.
     streaming: "yes", "refused" as by servers without streaming lists, or "ignored".
     bookmark_every: seconds between bookmarks of a watch that asks for them; 0: none but that of a streaming list.
+    older: versions that are served besides, as older servers do: how an object of the store looks in each.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class FakeApiServer:
         bookmark_every: float = 60.0,
         served: frozenset[str] = frozenset(RESOURCES),
         chunk: int = 0,
+        older: Mapping[Version, Callable[[Object], Object]] = MappingProxyType({}),
     ) -> None:
         self.store = store or Store()
         self.tokens = dict(tokens or {})
@@ -100,6 +104,7 @@ class FakeApiServer:
         self.served = served
         self.chunk = chunk
         """Write watches in pieces of so many bytes; 0: line by line."""
+        self.older = dict(older)
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.streams: list[Stream] = []
@@ -189,7 +194,7 @@ class FakeApiServer:
             return await json_answer(request, error.body, status=error.code, headers=error.headers)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        resource, namespace, name = route(request.path)
+        resource, namespace, name = route(request.path, self.older)
         verb = verb_of(request, name)
         plural = resource.plural if resource else ""
         user = self._user(request)
@@ -262,9 +267,15 @@ class FakeApiServer:
             metadata["continue"] = page.next
             if not query.get("labelSelector") and not query.get("fieldSelector"):
                 metadata["remainingItemCount"] = page.remaining
-        items = [{key: item[key] for key in item if key not in {"kind", "apiVersion"}} for item in page.items]
+        found = [self._as(resource, item) for item in page.items]
+        items = [{key: item[key] for key in item if key not in {"kind", "apiVersion"}} for item in found]
         kind = f"{resource.kind}List"
         return {"kind": kind, "apiVersion": resource.api_version, "metadata": metadata, "items": items}
+
+    def _as(self, resource: ResourceType, value: Object) -> Object:
+        """An object of the store in the version that was asked for."""
+        convert = self.older.get(_version(resource))
+        return convert(value) if convert else value
 
     def _check_reached(self, wanted: str) -> None:
         if wanted and int(wanted) > self.store.version:
@@ -284,7 +295,7 @@ class FakeApiServer:
         wanted = query.get("resourceVersion", "")
         if initial:
             self._check_reached(wanted)
-        stream = Stream(resource.plural, dict(query), self.chunk)
+        stream = Stream(resource.plural, dict(query), self.chunk, self.older.get(_version(resource)))
         self._selectors[stream] = selector_of(query, namespace)
         if self._begin(stream, wanted, initial=initial):
             self.streams.append(stream)
@@ -358,7 +369,7 @@ class FakeApiServer:
         name: str,
     ) -> web.StreamResponse:
         if verb == "get":
-            return await json_answer(request, self.store.get(resource.plural, namespace, name))
+            return await json_answer(request, self._as(resource, self.store.get(resource.plural, namespace, name)))
         if verb == "delete":
             self.delete(resource.plural, name, namespace)
             details = {"name": name, "kind": resource.plural}
@@ -377,3 +388,7 @@ class FakeApiServer:
         if resource.plural == "events":
             value = {**value, **EVENT_FILLERS}
         return await json_answer(request, self.set(value), status=200 if verb == "update" else 201)
+
+
+def _version(resource: ResourceType) -> Version:
+    return resource.group, resource.version, resource.plural

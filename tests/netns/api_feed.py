@@ -19,6 +19,7 @@ from proxy.demo.world import World
 from tests.fakes.apiserver import FakeApiServer
 from tests.fakes.apistore import RESOURCES, path_of, resource_of
 from tests.fakes.certificates import Authority
+from tests.fakes.older_versions import OLDER
 from tests.scenarios.schema import Manifest
 
 _TOKEN = "the-token-of-node1"
@@ -29,9 +30,12 @@ T = TypeVar("T")
 
 
 class ApiFeed:
-    """An API server with the objects in it; a context manager."""
+    """An API server with the objects in it; a context manager.
 
-    def __init__(self, world: World, directory: Path) -> None:
+    `older`: versions of 1.20 are served too.
+    """
+
+    def __init__(self, world: World, directory: Path, *, older: bool = False) -> None:
         authority = Authority(directory)
         self.arguments: list[str] = []
         kubeconfig = directory / "kubeconfig"
@@ -43,6 +47,7 @@ class ApiFeed:
             tokens={_TOKEN: _USER},
             tls=authority.serving(authority.server("IP:127.0.0.1")),
             bookmark_every=1.0,
+            older=OLDER if older else {},
         )
         self._loop = asyncio.new_event_loop()
         # Listening sockets belong to the namespace of the thread that the loop runs in.

@@ -70,9 +70,8 @@ def kube_proxy(monkeypatch):
             if fails:
                 raise DataplaneError(fails)
 
-        monkeypatch.setattr(takeover, "remove", remove)
+        monkeypatch.setattr(takeover, "remove_all", remove)
         monkeypatch.setattr(takeover, "who_runs", lambda *, ports: running if ports else "")
-        monkeypatch.setattr(takeover, "left_of_ipvs", list)
 
     return there
 

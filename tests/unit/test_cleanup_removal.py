@@ -9,12 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rules.foreign.removal import is_theirs, removal
+from rules.foreign import addresses_json, ipset_text, ipvs_text
+from rules.foreign.ipvs_state import State
+from rules.foreign.kube_proxy_ipvs_sets import Sets
+from rules.foreign.removal import has_server, is_theirs, removal
+from rules.forwarding import Family, Protocol, parse_address
+from rules.ipvs.messages import Key
 
 DATA = Path(__file__).parents[1] / "data"
+RECORDINGS = Path(__file__).parents[1] / "recordings"
+OF_IPVS = RECORDINGS / "kube-proxy-v1.20.2-ipvs"
 SAVED = [
     *(DATA / "kube-proxy-v1.36.2").glob("*.ip*tables-save"),
     DATA / "kube-proxy-older" / "iptables.iptables-save",
+    *RECORDINGS.glob("*/ip*tables-save"),
 ]
 
 
@@ -55,7 +63,8 @@ def test_ipt_32_b_161_of_the_recordings_the_kubelets_part_stays(file):
     assert found
     assert not found.kept
     left = [line for line in held_after(saved, found.steps) if "KUBE-" in line]
-    assert all("KUBE-FIREWALL" in line or "KUBE-KUBELET-CANARY" in line or "KUBE-MARK-DROP" in line for line in left)
+    kubelets = re.compile(r"filter (\S+ .*)?KUBE-FIREWALL|KUBE-KUBELET-CANARY|KUBE-MARK-DROP")
+    assert all(kubelets.search(line) for line in left)
 
 
 def test_no_packet_is_torn_what_leads_in_goes_before_what_masquerades():
@@ -128,7 +137,7 @@ CHAINS = st.sampled_from(
         "POSTROUTING",
         "OUTPUT",
         "MINE",
-        "KUBE-FIREWALL",
+        "KUBE-MARK-DROP",
         "KUBE-SERVICES",
         "KUBE-MARK-MASQ",
         "KUBE-SVC-XPGD46QRK7WJZT7O",
@@ -148,7 +157,7 @@ def test_whatever_leads_where_theirs_goes_and_all_else_stays(rules):
     saved = "\n".join(["*nat", *lines, "COMMIT", ""])
     found = removal(saved)
     after = held_after(saved, found.steps)
-    borrowed = {target for chain, target, _ in rules if chain in {"MINE", "KUBE-FIREWALL"}}
+    borrowed = {target for chain, target, _ in rules if chain in {"MINE", "KUBE-MARK-DROP"}}
     assert {line.split()[1] for line in after} == {
         name for name in names if not is_theirs("nat", name) or name in borrowed
     }
@@ -156,3 +165,48 @@ def test_whatever_leads_where_theirs_goes_and_all_else_stays(rules):
     kept = [line for line in after if not is_theirs("nat", line.split()[1])]
     jumps = [line for line in mine if line.split()[1] in built_in and is_theirs("nat", line.split()[-1])]
     assert kept == [line for line in mine if line not in jumps]
+
+
+def recorded() -> State:
+    """What a real kube-proxy 1.20.2 holds in mode ipvs."""
+    servers, _ = ipvs_text.parse((OF_IPVS / "ipvsadm-save").read_text().splitlines())
+    sets, _ = ipset_text.parse((OF_IPVS / "ipset-save").read_text().splitlines())
+    found = addresses_json.parse_at((OF_IPVS / "addresses.json").read_text(), 0)
+    assert found
+    return State(servers, sets, found[0])
+
+
+def named(key: Key, held: State) -> bool:
+    own = {address for name, each in (held.addresses or {}).items() if name != "kube-ipvs0" for address in each}
+    return has_server(key, Sets(held.sets or {}, key.family), held.bound or (), own)
+
+
+def test_ipvs_30_every_virtual_server_that_a_real_kube_proxy_made_is_known_for_its_own():
+    held = recorded()
+    assert len(held.servers or ()) > 30
+    assert all(named(key, held) for key in held.servers or ())
+
+
+@pytest.mark.parametrize("lacking", ["kube-ipvs0", "sets"])
+def test_half_of_what_names_a_virtual_server_of_a_cluster_ip_is_enough(lacking):
+    held = recorded()
+    kept = {name: each for name, each in (held.addresses or {}).items() if name != lacking}
+    held = held._replace(addresses=kept, sets={} if lacking == "sets" else held.sets)
+    assert named(Key(Family.IPV4, Protocol.TCP, parse_address("10.96.30.1"), 80), held)
+    assert named(Key(Family.IPV6, Protocol.UDP, parse_address("fd00:10:96::3002"), 53), held)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        Key(Family.IPV4, Protocol.TCP, parse_address("192.168.50.11"), 80),
+        Key(Family.IPV4, Protocol.UDP, parse_address("192.168.50.11"), 31080),
+        Key(Family.IPV4, Protocol.TCP, parse_address("198.51.100.1"), 31080),
+        Key(Family.IPV4, Protocol.TCP, parse_address("10.97.0.1"), 80),
+        Key(Family.IPV6, Protocol.TCP, parse_address("fd00:50::11"), 31080),
+        Key(Family.IPV4, mark=1),
+    ],
+    ids=["another port", "another protocol", "no address of the node's", "no ClusterIP", "another family", "by mark"],
+)
+def test_ipvs_30_virtual_servers_of_others_are_not_taken_for_its_own(key):
+    assert not named(key, recorded())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy import takeover
-from proxy.takeover import RunningError, left_of_ipvs, who_runs
+from proxy import takeover, takeover_ipvs
+from proxy.takeover import RunningError, who_runs
 from rules.forwarding import Family
 
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -83,7 +83,7 @@ def test_our_own_ports_connections_and_other_ports_do_not_count(proc):
 
 def test_ipvs_30_what_of_mode_ipvs_is_there_is_named(proc):
     net = proc.path / "thread-self/net"
-    assert left_of_ipvs(proc.path) == []
+    assert takeover_ipvs.left(proc.path) == []
     (net / "ip_vs").write_text(
         "IP Virtual Server version 1.2.1 (size=4096)\n"
         "Prot LocalAddress:Port Scheduler Flags\n"
@@ -93,9 +93,10 @@ def test_ipvs_30_what_of_mode_ipvs_is_there_is_named(proc):
         "UDP  0A60000A:0035 rr \n"
     )
     (net / "dev").write_text("Inter-|   Receive\n face |bytes\n    lo: 0 0\nkube-ipvs0: 0 0\n")
-    assert left_of_ipvs(proc.path) == [
-        "2 virtual servers of ipvs stay: if all are kube-proxy's, run ipvsadm --clear",
-        "the device kube-ipvs0 of kube-proxy's mode ipvs stays: remove it by ip link delete kube-ipvs0",
+    how = "sluice cleanup --of kube-proxy removes what is kube-proxy's"
+    assert takeover_ipvs.left(proc.path) == [
+        f"2 virtual servers of ipvs stay, for the connections that are open: {how}",
+        f"the device kube-ipvs0 of kube-proxy's mode ipvs stays: {how}",
     ]
 
 
@@ -104,7 +105,7 @@ def test_the_agent_takes_over_where_rules_are_and_nobody_writes_them(monkeypatch
     monkeypatch.setattr(takeover, "present", lambda family: family is Family.IPV4)
     monkeypatch.setattr(takeover, "who_runs", lambda: "")
     monkeypatch.setattr(takeover, "remove", lambda families: asked.extend(families) or ["removed it"])
-    monkeypatch.setattr(takeover, "left_of_ipvs", list)
+    monkeypatch.setattr(takeover_ipvs, "left", list)
     assert takeover.take_over(Family.IPV6) == []
     assert takeover.take_over(Family.IPV4) == ["removed it"]
     assert asked == [Family.IPV4]
