@@ -1,6 +1,7 @@
-"""`python -m tests.fuzz`: every decoder under atheris, each in a process of its own.
+"""`python -m tests.fuzz`: every decoder on inputs that nobody foresaw, and a table of what came of it.
 
-atheris looks for new paths through it, from real inputs on.
+First hypothesis, by the tests that decode arbitrary or mutated bytes; then atheris, which looks for new paths through a
+decoder from real inputs on, each target in a process of its own.
 
 Exit code 0: none raised anything but its own error.  1: one did; its input is in the file that is named.
 """
@@ -9,40 +10,114 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.fuzz import targets
+from tests.fuzz.seeds import seeds
+
+_TESTS = "arbitrary or mutated or mutilated or test_any_bytes or test_any_text or test_any_lines"
+"""Those of tests/unit that are about decoders, as pytest's -k has it."""
+_TEST = re.compile(r"^(tests/unit/\w+\.py)::.*:$", re.MULTILINE)
+_EXAMPLES = re.compile(r"(\d+) passing, (\d+) failing, and (\d+) invalid test cases")
+_EXECUTED = re.compile(r"^stat::number_of_executed_units:\s*(\d+)", re.MULTILINE)
+
+
+class Outcome(NamedTuple):
+    """What came of one target."""
+
+    target: str
+    inputs: int
+    seconds: float
+    crashes: int
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(targets.TARGETS)}; all")
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seconds", type=int, default=60, help="of atheris for each target")
+    parser.add_argument("--examples", type=int, default=20_000, help="of hypothesis for each test; 0: none")
     parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="where inputs that raise are kept")
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.corpus:
         _fuzz(options.targets[0], options.corpus, options.seconds, options.found)
-    failed = [name for name in options.targets or targets.TARGETS if not _run(name, options.seconds, options.found)]
+    outcomes: list[Outcome] = []
+    if options.examples and not options.targets:
+        outcomes += _tests(options.examples)
+    outcomes += (_run(name, options.seconds, options.found) for name in options.targets or targets.TARGETS)
+    print("\n".join(_table(outcomes)))  # noqa: T201  # a program for the terminal
+    failed = [each.target for each in outcomes if each.crashes]
     if failed:
-        print(f"raised what they must not: {', '.join(failed)}; the inputs are in {options.found}")  # noqa: T201
+        print(f"raised what they must not: {', '.join(failed)}; inputs of targets are in {options.found}")  # noqa: T201
     return min(len(failed), 1)
 
 
-def _run(name: str, seconds: int, found: Path) -> bool:
-    print(f"==> {name}", flush=True)  # noqa: T201  # a program for the terminal
+def _table(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    rows = list(outcomes)
+    rows.append(
+        Outcome(
+            "in all",
+            sum(each.inputs for each in rows),
+            sum(each.seconds for each in rows),
+            sum(each.crashes for each in rows),
+        )
+    )
+    width = max(len(each.target) for each in rows)
+    yield f"{'TARGET':{width}}  {'INPUTS':>12}  {'SECONDS':>7}  CRASHES"
+    for each in rows:
+        yield f"{each.target:{width}}  {each.inputs:12,}  {each.seconds:7.0f}  {each.crashes:7}"
+
+
+def _tests(examples: int) -> Iterator[Outcome]:
+    """Hypothesis, by the files of its tests."""
+    print("==> hypothesis", flush=True)  # noqa: T201  # as above
+    started = time.monotonic()
+    options = ["--hypothesis-profile=fuzz", "--hypothesis-show-statistics", "-q", "-k", _TESTS, "tests/unit"]
+    environment = {**os.environ, "FUZZ_EXAMPLES": str(examples)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    said = ended.stdout
+    if ended.returncode:
+        print("\n".join(f"    {line}" for line in (said + ended.stderr).splitlines()[-80:]))  # noqa: T201  # as above
+    inputs: dict[str, list[int]] = {}
+    name = ""
+    for line in said.splitlines():
+        if (found := _TEST.match(line)) is not None:
+            name = found[1]
+        elif (counted := _EXAMPLES.search(line)) is not None:
+            inputs.setdefault(name, [0, 0])[0] += sum(map(int, counted.groups()))
+            inputs[name][1] += int(counted[2])
+    seconds = time.monotonic() - started
+    total = sum(each for each, _ in inputs.values()) or 1
+    for file, (number, failing) in inputs.items():
+        yield Outcome(file, number, seconds * number / total, min(failing, 1))
+    if ended.returncode and not any(failing for _, failing in inputs.values()):
+        yield Outcome("hypothesis", 0, 0, 1)
+
+
+def _run(name: str, seconds: int, found: Path) -> Outcome:
+    print(f"==> {name}", flush=True)  # noqa: T201  # as above
     found.mkdir(exist_ok=True)
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sluice-fuzz-") as corpus:
-        for number, seed in enumerate(targets.seeds(name)):
+        for number, seed in enumerate(seeds(name)):
             (Path(corpus) / f"seed-{number}").write_bytes(seed)
         command = [sys.executable, "-m", "tests.fuzz", name, "--seconds", str(seconds), "--corpus", corpus]
         ended = subprocess.run([*command, "--found", str(found)], capture_output=True, text=True, check=False)
-    lines = ended.stderr.splitlines()
-    print("\n".join(f"    {line}" for line in (lines[-1:] if ended.returncode == 0 else lines[-40:])))  # noqa: T201
-    return ended.returncode == 0
+    if ended.returncode:
+        said = [line for line in (ended.stdout + ended.stderr).splitlines() if not line.startswith("INFO")]
+        print("\n".join(f"    {line}" for line in said[-60:]))  # noqa: T201  # as above
+    executed = _EXECUTED.search(ended.stderr)
+    inputs = int(executed[1]) if executed else 0
+    return Outcome(name, inputs, time.monotonic() - started, int(ended.returncode != 0))
 
 
 def _fuzz(name: str, corpus: Path, seconds: int, found: Path) -> None:
@@ -50,13 +125,16 @@ def _fuzz(name: str, corpus: Path, seconds: int, found: Path) -> None:
 
     # Loaded anew, as only what is loaded now is followed; all of Python would take half a minute.
     for module in [
-        each for each in sys.modules if each.partition(".")[0] in {"proxy", "rules"} or "fuzz.targets" in each
+        each
+        for each in sys.modules
+        if each.partition(".")[0] in {"proxy", "rules"} or each in {"tests.fuzz.targets", "tests.fuzz.peers"}
     ]:
         del sys.modules[module]
     with atheris.instrument_imports(include=["proxy", "rules"]):
-        targets = importlib.import_module("tests.fuzz.targets")
-    options = [f"-max_total_time={seconds}", f"-artifact_prefix={found}/{name}-", "-rss_limit_mb=4096", "-timeout=30"]
-    atheris.Setup([sys.argv[0], str(corpus), *options, "-max_len=65536"], targets.TARGETS[name])
+        again = importlib.import_module("tests.fuzz.targets")
+    limits = [f"-max_total_time={seconds}", "-rss_limit_mb=4096", "-timeout=30", "-max_len=65536"]
+    options = [*limits, f"-artifact_prefix={found}/{name}-", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], str(corpus), *options], again.TARGETS[name])
     atheris.Fuzz()
 
 

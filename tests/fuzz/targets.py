@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from proxy.objects import KINDS, ObjectError, decode_json
 from proxy.sources.manifest_objects import FileError, parse
 from proxy.sources.wire import Lines, WireError, decode_event, decode_page, decode_status, head
 from proxy.sources.yaml_json import YamlError, to_json
-from rules.foreign.detect import readings
+from rules.foreign.detect import Gathered, of_state, readings
 from rules.foreign.gathering import ForeignError
 from rules.forwarding import Family
 from rules.iptables import decode as iptables_decode
@@ -24,11 +22,9 @@ from rules.netlink.attributes import DecodeError, message, messages
 from rules.netlink.counters import measure
 from rules.nftables import objects as nftables_objects
 from rules.nftables import trace as nftables_trace
-from rules.nftables.layout import TABLE
-from rules.nftables.messages import Element, add_elements, decode_elements
+from rules.nftables.messages import decode_elements
 from rules.nftables.userdata import parse_comment
-
-_DATA = Path(__file__).resolve().parents[1] / "data"
+from tests.fuzz.peers import TARGETS as OF_PEERS  # not from the package, which would keep an older one
 
 
 def api_objects(data: bytes) -> None:
@@ -103,6 +99,7 @@ def netlink_ipvs(data: bytes) -> None:
         *(ipvs_messages.decode_server, ipvs_messages.decode_timeouts),
         *(functools.partial(ipvs_messages.decode_real, family) for family in Family),
         *(lambda payload: ipset_messages.decode_set([payload]), ipset_messages.decode_size),
+        lambda payload: ipset_messages.decode_any_set([payload]),
         ipset_messages.refused_place,
     )
     for decode in decoders:
@@ -136,42 +133,37 @@ def foreign_rules(data: bytes) -> None:
         readings(data)
 
 
+def foreign_ipvs(data: bytes) -> None:
+    """What ipvsadm, ipset and ip print of kube-proxy's ipvs mode, beside its rules."""
+    gathered = Gathered()
+    with contextlib.suppress(ForeignError):
+        gathered.add("fuzz", data)
+        gathered.add("rules", _IPVS_RULES.encode())
+        gathered.readings()
+        again = Gathered()
+        again.add("fuzz", of_state(gathered.state()))
+
+
+_IPVS_RULES = """*nat
+:KUBE-SERVICES - [0:0]
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT
+COMMIT
+"""
+
+
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     each.__name__: each
     for each in (
+        *OF_PEERS,
         *(api_objects, api_stream, manifest_json, manifest_yaml),
-        *(netlink_nftables, netlink_conntrack, netlink_ipvs, netlink_traces, iptables_save, foreign_rules),
+        *(
+            netlink_nftables,
+            netlink_conntrack,
+            netlink_ipvs,
+            netlink_traces,
+            iptables_save,
+            foreign_rules,
+            foreign_ipvs,
+        ),
     )
 }
-
-
-def seeds(name: str) -> list[bytes]:
-    """Inputs to begin with: real ones, as far as there are recordings."""
-    recordings = _DATA / "kube-proxy-v1.36.2"
-    match name:
-        case "api_objects" | "api_stream" | "manifest_json":
-            found = json.loads((_DATA / "api-server-v1.36.json").read_text())
-            return [each.encode() for each in _texts(found) if each.lstrip().startswith("{")][:50]
-        case "manifest_yaml":
-            return [each.read_bytes() for each in sorted((_DATA.parents[1] / "examples").rglob("*.yaml"))]
-        case "iptables_save" | "foreign_rules":
-            files = [each for each in sorted(recordings.rglob("*")) if each.is_file() and each.stat().st_size < 1 << 16]
-            return [each.read_bytes() for each in files]
-        case "netlink_nftables":
-            element = Element(b"\x0a\x60\0\1\x06\0\0\0\0\x50\0\0", b"\0\1\0\0", "ns/web:http")
-            return [message[16:] for message in add_elements(Family.IPV4, TABLE, "frontends", [element])]
-        case "netlink_ipvs":
-            said = (_DATA / "ipvs" / "linux-6.1.txt").read_text().splitlines()
-            return [bytes.fromhex(line.split()[1]) for line in said if not line.startswith("#")]
-        case _:
-            return []
-
-
-def _texts(value: object) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [json.dumps(value), *(text for each in value.values() for text in _texts(each))]
-    if isinstance(value, list):
-        return [text for each in value for text in _texts(each)]
-    return []
