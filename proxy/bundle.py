@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,11 +53,13 @@ from proxy.bundle_secrets import cleaned, without_secrets
 from proxy.doctor import in_doubt, lacking_of
 from proxy.dump import Filter, Open, raw_lines
 from proxy.explain.gather import Means
+from proxy.explain.obstacles import backends_of
 from proxy.explain.surroundings import OUR_TABLE, Surroundings, look
+from proxy.foreign import ipvs
 from proxy.output import Shown, write
 from proxy.report import Status
 from rules.dataplane import Capabilities, DataplaneError
-from rules.forwarding import Family, ForwardingTable, format_address
+from rules.forwarding import Address, Family, ForwardingTable, format_address
 from rules.iptables.programs import available
 from rules.iptables.text import PREFIX
 
@@ -182,7 +184,7 @@ def gather(
         archive.text(f"{whose}.txt", out.getvalue())
     settings = archive.ask("configuration.json", configuration)
     archive.json("configuration.json", {"effective": settings, "agent": _command_line(status)})
-    node = _kernel(archive)
+    node = _kernel(archive, backends_of(route for each in tables for _, route in each.routes))
     archive.json("surroundings.json", node)
     _flows(archive, run_directory, open_dataplane)
     _others(archive)
@@ -266,8 +268,8 @@ def _words_of(pid: int) -> list[str]:
     return []
 
 
-def _kernel(archive: _Archive) -> Surroundings:
-    """The kernel's facts; the node around our rules."""
+def _kernel(archive: _Archive, backends: Iterable[Address]) -> Surroundings:
+    """The kernel's facts; the node around our rules, and its ways to backends."""
 
     def text(path: str) -> str:
         with contextlib.suppress(OSError):
@@ -275,7 +277,7 @@ def _kernel(archive: _Archive) -> Surroundings:
         return ""
 
     modules = [line.split()[0] for line in text("/proc/modules").splitlines()]
-    node = archive.ask("surroundings", look) or Surroundings()
+    node = archive.ask("surroundings", lambda: look(*backends)) or Surroundings()
     facts = {
         "uname": platform.uname()._asdict(),
         "os": text("/etc/os-release").splitlines(),
@@ -335,6 +337,9 @@ def _others(archive: _Archive) -> None:
     text = archive.ask(f"{OTHERS}nftables.txt", lambda: _nft_tables(managed))
     if text:
         archive.whole(f"{OTHERS}nftables.txt", without_secrets(text))
+    text = archive.ask(f"{OTHERS}ipvs.txt", ipvs.text)
+    if text:
+        archive.whole(f"{OTHERS}ipvs.txt", text)
 
 
 def _nft_tables(managed: Collection[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -16,7 +16,7 @@ from proxy.explain.evidence import Evidence
 from proxy.foreign import dump as other
 from proxy.foreign import wanted
 from proxy.foreign.choice import SLUICE
-from proxy.foreign.explain import as_held, one_each
+from proxy.foreign.explain import as_held, notes_of, one_each, with_names, without_device
 from proxy.foreign.sources import PROXY, Found, without_them
 from proxy.foreign.wanted import Objects
 from proxy.node import Interfaces
@@ -24,9 +24,10 @@ from proxy.output import Format
 from proxy.verify import Verified, report
 from rules.diff import compare
 from rules.foreign import detect
-from rules.foreign.comparison import as_held_by, capabilities_of
+from rules.foreign.comparison import as_held_by, capabilities_of, named
+from rules.foreign.detect import Decoded
 from rules.foreign.gathering import ForeignError
-from rules.forwarding import Family, family_of
+from rules.forwarding import Family, ForwardingTable, family_of
 
 
 def are_meant(bundle: Bundle, of: str | None) -> bool:
@@ -35,6 +36,11 @@ def are_meant(bundle: Bundle, of: str | None) -> bool:
         return of != SLUICE
     ours = bundle.status is not None or bool(bundle.tables_of("held"))
     return not ours and any(b"KUBE-SERVICES" in data or b"kube-proxy" in data for data in bundle.others.values())
+
+
+def tables(bundle: Bundle) -> dict[Family, ForwardingTable]:
+    """What the other proxy's rules are.  Raises ForeignError."""
+    return {family: each.reading.table for family, each in one_each(_found(bundle))[0].items()}
 
 
 def dump(bundle: Bundle, format_: Format, asked: Filter) -> int:
@@ -76,13 +82,23 @@ def evidence(bundle: Bundle, asked: Asked) -> Evidence:
         surroundings=without_them(around) if around is not None else None,
         problems=tuple(problems),
     )
+    found = without_device(found, readings)
     objects = _objects(bundle)
     if objects is None:
-        return found
+        return msgspec.structs.replace(found, problems=(*found.problems, *notes_of(readings, asked, None)))
     reading = next(iter(readings.values())).reading
     told = wanted.in_mode_of(_settings(bundle), reading)
-    manifests = from_manifests(objects.loaded, told, manifest.node, asked, interfaces=_interfaces(bundle))
-    return msgspec.structs.replace(found, cluster=as_held(manifests.cluster, readings, configured=False))
+    manifests = from_manifests(
+        objects.loaded, told, manifest.node, asked, interfaces={"node": tuple(found.local_addresses)}
+    )
+    tables = {family: each.reading.table for family, each in with_names(readings, manifests.cluster).items()}
+    return msgspec.structs.replace(
+        found,
+        tables=tables,
+        kernel=tables,
+        cluster=as_held(manifests.cluster, readings, configured=False),
+        problems=(*found.problems, *notes_of(readings, asked, manifests.cluster)),
+    )
 
 
 def _found(bundle: Bundle) -> list[Found]:
@@ -91,35 +107,48 @@ def _found(bundle: Bundle) -> list[Found]:
     Raises:
         ForeignError: there are none, or none that can be read.
     """
-    found: list[Found] = []
+    gathered = detect.Gathered()
     reasons: list[str] = []
     for name, data in sorted(bundle.others.items()):
         try:
-            readings = detect.readings(data)
+            gathered.add(name, data)
         except ForeignError as error:
             reasons.append(f"{name}: {error}")
-            continue
-        # others-iptables-nft-IPv4.txt, others-nftables.txt
-        words = name.removeprefix(OTHERS).removesuffix(".txt")
-        for family in Family:
-            words = words.removesuffix(f"-{family.label}")
-        found += [Found(f"{bundle.name}: {name}", words, each) for each in readings]
+    decoded: Sequence[Decoded] = ()
+    try:
+        decoded = gathered.readings(strict=False)
+    except ForeignError as error:
+        reasons.append(str(error))
+    found = [
+        Found(f"{bundle.name}: {each.where}", _words(each.names[0], each.reading.mode), each.reading)
+        for each in decoded
+    ]
     if not found:
         why = f" ({'; '.join(reasons)})" if reasons else ""
         raise ForeignError(f"{bundle.name}: no rules of {PROXY} are in it{why}")
     return found
 
 
+def _words(name: str, mode: str) -> str:
+    """What the rules of a file are: `others-iptables-nft-IPv4.txt`, `others-nftables.txt`."""
+    if mode == "ipvs":
+        return mode
+    words = name.removeprefix(OTHERS).removesuffix(".txt")
+    for family in Family:
+        words = words.removesuffix(f"-{family.label}")
+    return words
+
+
 def _verified(bundle: Bundle, objects: Objects) -> Iterator[Verified]:
     for each in _found(bundle):
         reading = each.reading
-        held = reading.table
         node = bundle.manifest.node
         tables, problems = wanted.tables(objects, _settings(bundle), node, reading, _interfaces(bundle))
         for problem in problems:
             sys.stderr.write(f"sluice verify: {problem}\n")
-        table = tables[held.family]
-        drift = compare(as_held_by(reading, table, configured=False), held, capabilities_of(reading.mode))
+        table = tables[reading.table.family]
+        told = as_held_by(reading, table, configured=False)
+        drift = compare(told, named(reading, table).table, capabilities_of(reading.mode))
         yield Verified(each.title, drift, len(table.routes), f"the kernel, {bundle.manifest.taken}")
 
 

@@ -21,9 +21,11 @@ from proxy.compute import compute
 from proxy.doctor import cluster_of
 from proxy.doctor_findings import Known
 from proxy.dump import Filter
+from proxy.explain.agent import troubles_of
 from proxy.explain.asked import Asked, AskedAddress, parse_asked, parse_client
 from proxy.explain.evidence import Evidence
 from proxy.explain.verb import tell
+from proxy.foreign.sources import PROXY, without_them
 from proxy.objects import Key
 from proxy.output import Format, Shown, select, write
 from proxy.report import Status
@@ -90,7 +92,7 @@ def doctor(name: str, format_: Literal["text", "json"]) -> int:
     try:
         bundle = read(name)
         known = _known(bundle)
-    except (AgentError, BundleError) as error:
+    except (AgentError, BundleError, ForeignError) as error:
         return _failed("doctor", error)
     return doctoring.tell(known, format_, sys.stdout)
 
@@ -160,12 +162,16 @@ def _known(bundle: Bundle) -> Known:
     if bundle.surroundings is None:
         unread = (*unread, "the node beside sluice's rules is not in the bundle: nobody can tell what it was like")
     if bundle.status is None:
-        return Known(
-            tables=_held(bundle),
-            surroundings=bundle.surroundings,
-            absent=f"no agent answered on {where.node}, {where.taken} ({_why(bundle, 'status.json')})",
-            unread=unread,
-        )
+        absent = f"no agent answered on {where.node}, {where.taken} ({_why(bundle, 'status.json')})"
+        if bundle_others.are_meant(bundle, None) and bundle.surroundings is not None:
+            return Known(
+                tables=bundle_others.tables(bundle),
+                surroundings=without_them(bundle.surroundings),
+                absent=absent,
+                carrier=PROXY,
+                unread=unread,
+            )
+        return Known(tables=_held(bundle), surroundings=bundle.surroundings, absent=absent, unread=unread)
     return Known(
         tables=_wanted(bundle),
         cluster=cluster_of(bundle.objects, bundle.status),
@@ -204,7 +210,8 @@ def _evidence(bundle: Bundle, asked: Asked) -> Evidence:
             for frontend, route in compute(service, slices, cluster.view, family).routes.items()
         }
     winners = {each.frontend: each.winner for each in bundle.status.contested}
-    cluster = msgspec.structs.replace(cluster, wanted=tables, claims=claims, winners=winners)
+    troubles = troubles_of(bundle.status)
+    cluster = msgspec.structs.replace(cluster, wanted=tables, claims=claims, winners=winners, troubles=troubles)
     return msgspec.structs.replace(evidence, source="agent", tables=tables, cluster=cluster)
 
 

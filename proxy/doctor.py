@@ -28,6 +28,7 @@ from proxy.config.settings import Settings
 from proxy.doctor_findings import Known, findings, lines
 from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means
+from proxy.explain.obstacles import backends_of
 from proxy.explain.surroundings import Surroundings
 from proxy.objects import ZONE_LABEL, EndpointSlice, Key, Node, ObjectError, Service, by_service, convert
 from proxy.report import Status, one_line
@@ -108,7 +109,7 @@ def from_agent(run_directory: str, means: Means = Means()) -> Known:  # noqa: B0
     wanted = {family: agent_socket.table(family, run_directory) for family in served}
     tables = {family: fit(table, head.capabilities) for family, (table, head) in wanted.items()}
     if status.network_namespace == agent_socket.network_namespace():
-        surroundings = means.look()
+        surroundings = _around(tables.values(), means)
         lacking = tuple(lacking_of(in_doubt(status), means))
         stale = stale_of(
             flows.look(
@@ -177,13 +178,18 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
             services={each.key: each for each in loaded.services},
             slices=standing.slices,
         ),
-        surroundings=means.look(),
+        surroundings=_around(tables.values(), means),
         verified=verified,
         compare=f"sluice verify -f {filename}",
         problems=rendered.problems,
         lacking=lacking,
         unread=tuple(unread),
     )
+
+
+def _around(tables: Iterable[ForwardingTable], means: Means) -> Surroundings:
+    """The node beside our rules, and its ways to these tables' backends."""
+    return means.look(*backends_of(route for table in tables for route in table.routes.values()))
 
 
 def _without_agent(why: str, means: Means) -> Known:
@@ -196,7 +202,35 @@ def _without_agent(why: str, means: Means) -> Known:
         if table.family not in tables or len(tables[table.family].routes) < len(table.routes):
             tables[table.family] = table
     unread = tuple(f"the kernel could not be read: {each}" for each in failures)
-    return Known(tables=tables, surroundings=means.look(), absent=why, unread=unread)
+    if not shown and not unread and means.look().other_proxies:
+        return _of_another(why, means)
+    return Known(tables=tables, surroundings=_around(tables.values(), means), absent=why, unread=unread)
+
+
+def _of_another(why: str, means: Means) -> Known:
+    """What is known of a node whose Services another proxy carries."""
+    from proxy.foreign.explain import one_each  # noqa: PLC0415  # where sluice's rules are, nobody needs it
+    from proxy.foreign.sources import PROXY, from_node, without_them  # noqa: PLC0415  # likewise
+    from rules.foreign.gathering import ForeignError  # noqa: PLC0415  # likewise
+
+    unread: tuple[str, ...] = ()
+    carrier = ""
+    tables: dict[Family, ForwardingTable] = {}
+    try:
+        readings, problems = one_each(from_node())
+        unread = tuple(problems)
+        tables = {family: each.reading.table for family, each in readings.items()}
+        carrier = PROXY if tables else ""
+    except (ForeignError, DataplaneError) as error:
+        unread = (f"rules of another proxy could not be read: {error}",)
+    node = _around(tables.values(), means)
+    return Known(
+        tables=tables,
+        surroundings=without_them(node) if tables else node,
+        absent=why,
+        carrier=carrier,
+        unread=unread,
+    )
 
 
 def stale_of(report: flows.Report) -> dict[str, int]:
@@ -244,7 +278,7 @@ def cluster_of(objects: Iterable[Mapping[str, object]], status: Status) -> Clust
                 slices.append(convert(EndpointSlice, each))
             elif kind == Node.KIND:
                 zone = convert(Node, each).metadata.labels.get(ZONE_LABEL, "")
-    except (ObjectError, KeyError) as error:
+    except (ObjectError, KeyError, TypeError) as error:
         raise AgentError(f"the agent's objects cannot be read: {error}") from None
     view = View(node_name=status.node, zone=zone, semantics=semantics_of(status.behaviour))
     return Cluster(view=view, services=services, slices=by_service(slices))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 import msgspec
 
-from proxy.explain.causes import Cause, causes_of, key_of_label
+from proxy.doctor_finding import WORST_FIRST, Finding, Severity, subject_of
+from proxy.doctor_way import clashing, on_the_way
+from proxy.explain.causes import Cause, causes_of, key_of_label, unjudged
 from proxy.explain.evidence import Cluster, Evidence
 from proxy.explain.surroundings import Surroundings
 from proxy.report import FamilyReport, Status
@@ -29,11 +30,6 @@ from rules.forwarding import (
     parse_prefix,
 )
 
-Severity = Literal["critical", "error", "warning", "note"]
-
-WORST_FIRST: tuple[Severity, ...] = ("critical", "error", "warning", "note")
-"""All connections fail; those to one Service, or the kernel is not what it should be; some may; worth knowing."""
-
 _OF_CAUSE: Mapping[str, Severity] = {
     # Most nodes have no pod of a Service with external policy Local, and load balancers do not send there.
     "policy-local": "note",
@@ -53,19 +49,6 @@ _NOBODY = tuple(map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", ":
 """Networks of which no packet comes in: a range `0.0.0.0/32` is one that was to be `/0`."""
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is wrong, or worth knowing."""
-
-    severity: Severity
-    subject: str
-    """`node`, `agent`, `IPv4`, `Service namespace/name` and so on."""
-    kind: str
-    """What it is, for programs: that of the cause, or `agent-absent`, `drift` and so on."""
-    what: str
-    next: str = ""
-    """The command to go on with."""
-
-
 class Known(msgspec.Struct, frozen=True, kw_only=True):
     """All that is known of a node; pure values, from which findings follow."""
 
@@ -81,6 +64,8 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     """The command that shows how they differ."""
     absent: str = ""
     """Why no agent answered, where one was asked."""
+    carrier: str = ""
+    """The other proxy whose rules these tables are, where sluice has none here."""
     problems: tuple[str, ...] = ()
     """What manifests say of themselves, a line each."""
     stale: Mapping[str, int] = {}
@@ -130,6 +115,10 @@ def _of_the_node(known: Known) -> Iterator[Finding]:
         for cause in dict.fromkeys(_node_causes(known, known.surroundings)):
             severity: Severity = "critical" if cause.certain else _OF_CAUSE.get(cause.kind, "error")
             yield Finding(severity=severity, subject="node", kind=cause.kind, what=cause.words, next=cause.next)
+        for family, table in known.tables.items():
+            if not table.node.relayed:  # what a proxy relays it sends itself, and its sockets are its own
+                yield from on_the_way(family, table, known.surroundings, known.cluster)
+                yield from clashing(table, known.surroundings)
     for family, table in known.tables.items():
         if table.node.node_port_addresses == frozenset() and any(each.is_node_port for each in table.routes):
             what = "no address of this node answers node ports, and Services have some (nodePortAddresses)"
@@ -140,6 +129,10 @@ def _of_the_node(known: Known) -> Iterator[Finding]:
 
 def _node_causes(known: Known, node: Surroundings) -> Iterator[Cause]:
     """What stands in the way of connections whatever the Service, as one that goes to a pod elsewhere meets it."""
+    # Rules of others are asked about real backends.
+    bound = any(table.node.bound for table in known.tables.values())
+    apart = tuple(chain for chain in node.chains if chain.rules is None or not chain.forwards)
+    node = unjudged(node) if bound else msgspec.structs.replace(node, chains=apart)
     evidence = Evidence(source="kernel", words="", tables={}, surroundings=node)
     families = [family for family, table in known.tables.items() if table.routes] or [Family.IPV4]
     for family in families:
@@ -165,8 +158,7 @@ def _reaching(destination: Address, origin: Origin) -> Explanation:
 
 
 def _of_the_agent(known: Known) -> Iterator[Finding]:
-    if known.absent:
-        yield Finding(severity="error", subject="agent", kind="agent-absent", what=known.absent, next="sluice run")
+    yield from _of_its_absence(known)
     if (status := known.status) is None:
         return
     if not status.synced:
@@ -193,6 +185,17 @@ def _of_the_agent(known: Known) -> Iterator[Finding]:
         yield Finding(severity="note", subject="node", kind="note", what=note)
 
 
+def _of_its_absence(known: Known) -> Iterator[Finding]:
+    if known.absent and known.carrier:
+        what = f"{known.absent}; {known.carrier} carries this node's Services, and its rules are looked at"
+        yield Finding(severity="note", subject="agent", kind="agent-absent", what=what)
+    elif known.absent:
+        yield Finding(severity="error", subject="agent", kind="agent-absent", what=known.absent, next="sluice run")
+        if not known.tables and not known.unread:
+            what = "the kernel holds no rules of sluice: no Service is served here, unless by another proxy"
+            yield Finding(severity="critical", subject="node", kind="no-rules", what=what, next="sluice run")
+
+
 def _of_syncs(family: FamilyReport, status: Status) -> Iterator[Finding]:
     """How one family keeps up with what is wanted."""
     syncs, subject = family.syncs, f"{family.family} in {family.dataplane}"
@@ -211,7 +214,7 @@ def _of_syncs(family: FamilyReport, status: Status) -> Iterator[Finding]:
     for label in syncs.refused:
         what = f"the kernel refuses {label} ({family.family})"
         yield Finding(
-            severity="error", subject=_subject(label), kind="refused", what=what, next=f"sluice explain {label}"
+            severity="error", subject=subject_of(label), kind="refused", what=what, next=f"sluice explain {label}"
         )
 
 
@@ -251,7 +254,7 @@ def _of_services(known: Known) -> Iterator[Finding]:
                 ranges = ", ".join(map(str, route.source_ranges))
                 yield Finding(
                     severity="error",
-                    subject=_subject(route.label or str(frontend)),
+                    subject=subject_of(route.label or str(frontend)),
                     kind="source-ranges-nobody",
                     what=f"loadBalancerSourceRanges admit nobody: no client has an address in {ranges}",
                     next=f"kubectl -n {key.namespace} edit service {key.name}" if key is not None else "",
@@ -275,7 +278,7 @@ def _of_services(known: Known) -> Iterator[Finding]:
                     severity = "warning"  # clients on this node get nothing
                 yield Finding(
                     severity=severity,
-                    subject=_subject(route.label or str(frontend)),
+                    subject=subject_of(route.label or str(frontend)),
                     kind=cause.kind,
                     what=f"port {port}: {cause.words}" if port else cause.words,
                     next=cause.next,
@@ -288,7 +291,7 @@ def _of_flows(known: Known) -> Iterator[Finding]:
         flows = "flow goes" if count == 1 else "flows go"
         what = f"{count} {flows} to endpoints that serve no longer, or to none: their clients hear nothing"
         next_ = f"sluice conntrack --stale --service {label}" if label else "sluice conntrack --stale"
-        subject = _subject(label) if label else "node"
+        subject = subject_of(label) if label else "node"
         yield Finding(severity="warning", subject=subject, kind="stale-flows", what=what, next=next_)
 
 
@@ -307,7 +310,3 @@ def _node_port_address(table: ForwardingTable, node: Surroundings | None, family
     if table.node.node_port_addresses is not None:
         return min(table.node.node_port_addresses, default=None)
     return node.node_ips.get(family) if node is not None else None
-
-
-def _subject(label: str) -> str:
-    return f"Service {label.partition(':')[0]}" if "/" in label else label

@@ -12,7 +12,7 @@ from proxy.explain.asked import Asked, AskedAddress
 from proxy.explain.causes import key_of_label
 from proxy.explain.evidence import Cluster
 from proxy.objects import EndpointSlice, Key, ObjectError, Service, convert
-from proxy.report import EndpointReport
+from proxy.report import EndpointReport, Status
 from proxy.selection import Reason
 from rules.diff import fit
 from rules.forwarding import Family, ForwardingTable, Frontend, Route
@@ -64,9 +64,21 @@ def ask(asked: Asked, families: Iterable[Family], run_directory: str) -> Known:
         wanted=wanted,
         claims=claims,
         decided=decided,
+        troubles=troubles_of(status),
     )
     here = status.network_namespace == agent_socket.network_namespace()
     return Known(cluster, here, any(each.syncs.pending for each in status.families))
+
+
+def troubles_of(status: Status) -> dict[str, str]:
+    """What is wrong with Services, by their names; of those of manifests the reason has the name."""
+    found: dict[str, str] = {}
+    for each in status.troubles:
+        _, service, text = f"{each.subject}: {each.reason}".partition("Service ")
+        name, colon, why = text.partition(": ")
+        if service and colon and " " not in name:
+            found.setdefault(name, why)
+    return found
 
 
 def _wanted(family: Family, run_directory: str) -> ForwardingTable:

@@ -263,6 +263,9 @@ def _nothing(asked: AskedService, evidence: Evidence) -> str:
     """Why there is no frontend at all."""
     service = evidence.cluster.services.get(asked.key) if evidence.cluster is not None else None
     if service is None:
+        why = evidence.cluster.troubles.get(str(asked.key)) if evidence.cluster is not None else None
+        if why:
+            return f"Service {asked.key} is there, and cannot be used: {why}"
         known = "There is no Service" if evidence.cluster is not None else f"In {evidence.words} nothing is labelled"
         return f"{known} {asked.key}"
     spec = service.spec

@@ -7,17 +7,19 @@ Three things can keep a client from its Service: the rules (the objects say why 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
 from proxy.compute import Decision
 from proxy.explain.evidence import Cluster, Evidence
+from proxy.explain.obstacles import Obstacle, backends_in, lost_ways, obstacles, passing, some
+from proxy.explain.passing import Passing
 from proxy.explain.surroundings import Surroundings
 from proxy.objects import Key, Service
 from proxy.selection import Reason
 from rules.explanation import Explanation, Origin, Reaches, StepKind, Why
-from rules.forwarding import Family, ForwardingTable, Kind, family_of, format_address, format_host
+from rules.forwarding import Address, Backend, Family, ForwardingTable, Kind, family_of, format_address, format_host
 from rules.node_ports import node_port_words
 
 NEARLY_FULL = 0.95
@@ -60,8 +62,20 @@ def causes_of(
         words = "the kernel does not hold what is wanted; the agent repairs that, unless its driftPolicy is report"
         found.append(Cause(kind="drift", words=words, next="sluice verify"))
     if evidence.surroundings is not None:
-        found += _of_the_node(explanation, evidence.surroundings)
+        own = evidence.cluster.view.node_name if evidence.cluster is not None else None
+        here = {each.endpoint for each in decisions if own is not None and each.node == own}
+        node = evidence.surroundings
+        table = evidence.tables.get(family_of(explanation.packet.destination))
+        if table is not None and table.node.bound:
+            node = unjudged(node)
+        found += _of_the_node(explanation, node, here)
     return tuple(found)
+
+
+def unjudged(node: Surroundings) -> Surroundings:
+    """The node without others' rules, but for policies: IPVS sends packets itself, and answers alone are forwarded."""
+    chains = tuple(each._replace(rules=None) for each in node.chains)
+    return msgspec.structs.replace(node, chains=chains)
 
 
 def key_of_label(label: str) -> Key | None:
@@ -230,7 +244,7 @@ def _get(key: Key | None, kind: str, path: str) -> str:
 # --- the node ----------------------------------------------------------------------------------------------------
 
 
-def _of_the_node(explanation: Explanation, node: Surroundings) -> Iterator[Cause]:
+def _of_the_node(explanation: Explanation, node: Surroundings, local: Collection[str]) -> Iterator[Cause]:
     packet, outcome = explanation.packet, explanation.outcome
     family = family_of(packet.destination)
     if proxies := node.other_proxies:
@@ -251,7 +265,86 @@ def _of_the_node(explanation: Explanation, node: Surroundings) -> Iterator[Cause
     away = [share.backend for share in outcome.shares if share.backend.address not in node.addresses]
     if explanation.origin is Origin.NODE or not away:
         return
-    yield from _of_forwarding(family, node, every=len(away) == len(outcome.shares))
+    every = len(away) == len(outcome.shares)
+    here = {each.address for each in away if str(each) in local}
+    yield from _of_routes(away, node, here, every=every)
+    yield from _of_forwarding(family, node, every=every)
+    back = node.ways.get(packet.source) if packet.source is not None else None
+    incoming = packet.interface or (back.interface if back is not None else "")
+    # Who gets itself is masqueraded behind all that, and bears no mark yet.
+    marked = {
+        share.backend: None if share.backend.address == packet.source else share.masqueraded for share in outcome.shares
+    }
+    packets = [
+        passing(each, packet.protocol, node, masqueraded=marked[each])._replace(source=packet.source, incoming=incoming)
+        for each in away
+    ]
+    yield from _of_others(obstacles(family, node, packets).obstacles, packets, every=every)
+
+
+def _of_others(found: Sequence[Obstacle], packets: Sequence[Passing], *, every: bool) -> Iterator[Cause]:
+    """Others' rules that stand in the way; of those that only may, one cause for each table."""
+    perhaps: dict[str, list[Obstacle]] = {}
+    for each in found:
+        certain = every and len(each.surely) == len(packets)
+        if each.surely:
+            yield Cause(kind=kind_of(each), words=words_of(each), next=each.listing, certain=certain)
+        elif each.rule is None:
+            yield Cause(kind=kind_of(each), words=words_of(each), next=each.listing)
+        else:
+            perhaps.setdefault(each.base.place, []).append(each)
+    for those in perhaps.values():
+        yield Cause(kind="forward-rule-perhaps", words=perhaps_words(those), next=those[0].listing)
+
+
+def kind_of(each: Obstacle) -> str:
+    """The kind of the cause that an obstacle is."""
+    return "forward-drop" if each.rule is None else "forward-rule"
+
+
+def words_of(each: Obstacle) -> str:
+    """What an obstacle does to packets."""
+    if each.rule is None:
+        if each.surely:
+            return (
+                f"{each.place} is DROP, and no rule there accepts what goes to {backends_in(each.surely)}, as "
+                f"`{each.remedy}` would"
+            )
+        return (
+            f"{each.place} is DROP: what is forwarded is dropped unless a rule there accepts it (Docker and ufw set "
+            "such a policy)"
+        )
+    return f"{each.place} {each.does} what goes to {backends_in(each.surely)} ({each.rule.words})"
+
+
+def perhaps_words(those: Sequence[Obstacle]) -> str:
+    """What rules of one table may do, where a packet alone can tell."""
+    first = those[0]
+    assert first.rule is not None
+    where = (
+        first.place
+        if len(those) == 1
+        else f"{len(those)} rules in the table {first.base.place}, such as {first.place},"
+    )
+    verb = "may drop" if len(those) > 1 or first.does == "drops" else "may refuse"
+    what = backends_in(packet for each in those for packet in each.perhaps)
+    return f"{where} {verb} some of what goes to {what} ({first.rule.words})"
+
+
+def _of_routes(
+    away: Sequence[Backend], node: Surroundings, here: Collection[Address], *, every: bool
+) -> Iterator[Cause]:
+    """Backends to which the node sends nothing."""
+    reasons = lost_ways([each.address for each in away], node, here)
+    lost = [each for each in away if each.address in reasons]
+    for why in dict.fromkeys(reasons.values()):
+        those = [each for each in lost if reasons[each.address] == why]
+        yield Cause(
+            kind="no-route",
+            words=f"the node has no way to {some(those)}: {why} (routes to pods are the CNI's)",
+            next=f"ip route get {format_address(those[0].address)}",
+            certain=every and len(lost) == len(away),
+        )
 
 
 def _of_forwarding(family: Family, node: Surroundings, *, every: bool) -> Iterator[Cause]:
@@ -262,12 +355,10 @@ def _of_forwarding(family: Family, node: Surroundings, *, every: bool) -> Iterat
         yield Cause(kind="ip-forward", words=words, next=f"sysctl -w {name}=1", certain=every)
     kinds = ("inet", "ip") if family is Family.IPV4 else ("inet", "ip6")
     for chain in node.forward_drops:
-        if chain.family in kinds:
-            words = (
-                f"the policy of the chain {chain.name} in the table {chain.place} is DROP: what is forwarded is "
-                "dropped unless a rule there accepts it (Docker and ufw set such a policy)"
-            )
-            yield Cause(kind="forward-drop", words=words, next=chain.listing)
+        if chain.family in kinds and chain.rules is None:
+            # Its rules could not be read.
+            unread = Obstacle(base=chain, chain=chain.name, rule=None, surely=(), perhaps=())
+            yield Cause(kind="forward-drop", words=words_of(unread), next=chain.listing)
     if "filter" in node.legacy_tables:
         program = "iptables-legacy" if family is Family.IPV4 else "ip6tables-legacy"
         words = "legacy iptables has a filter table, which could not be read: its FORWARD policy may be DROP"

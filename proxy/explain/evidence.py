@@ -35,6 +35,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """The frontends that each Service asks for, whether it gets them or not."""
     local_pods: frozenset[Address] = frozenset()
     """Addresses of endpoints on the node, where the rules tell local pods by interface."""
+    troubles: Mapping[str, str] = {}
+    """Of Services that cannot be used or not wholly, as `namespace/name`, what is wrong with them."""
     decided: Mapping[tuple[Key, Family], tuple[Decision, ...]] = {}
     """Decisions that somebody else has taken, with all that they depend on."""
 

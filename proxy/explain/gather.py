@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -14,7 +14,9 @@ from proxy.agent_socket import AgentError, NoAgentError
 from proxy.config.settings import RUN_DIRECTORY, Settings
 from proxy.explain.agent import Known, ask
 from proxy.explain.asked import Asked, AskedAddress, Client
+from proxy.explain.causes import key_of_label
 from proxy.explain.evidence import Evidence, of_this_node
+from proxy.explain.obstacles import backends_of
 from proxy.explain.surroundings import Surroundings, look
 from proxy.node import Interfaces
 from rules.dataplane import Dataplane, DataplaneError
@@ -115,7 +117,7 @@ def _with_agent(where: Where, known: Known, asked: Asked, client: Client, means:
     except UnanswerableError as error:
         if where.live:
             raise
-        node = means.look(*_addresses(asked, client))
+        node = means.look(*_addresses(asked, client), *_backends(cluster.wanted, asked))
         evidence = msgspec.structs.replace(of_this_node({}, node), kernel=None)
         problems = (f"{error}: the kernel is not compared",)
     evidence = msgspec.structs.replace(evidence, cluster=cluster, problems=problems)
@@ -126,7 +128,7 @@ def _with_agent(where: Where, known: Known, asked: Asked, client: Client, means:
 
 def _of_this_node(asked: Asked, client: Client, means: Means) -> Evidence:
     tables = _read(_families(asked, client), means)
-    return of_this_node(tables, means.look(*_addresses(asked, client)))
+    return of_this_node(tables, means.look(*_addresses(asked, client), *_backends(tables, asked)))
 
 
 def _read(families: Iterable[Family], means: Means) -> dict[Family, ForwardingTable]:
@@ -162,3 +164,12 @@ def _addresses(asked: Asked, client: Client) -> list[bytes]:
     """The addresses that the ways are asked of."""
     destination = asked.address if isinstance(asked, AskedAddress) else None
     return [address for address in (client.address, destination) if address is not None]
+
+
+def _backends(tables: Mapping[Family, ForwardingTable], asked: Asked) -> list[bytes]:
+    """The backends that what is asked about may lead to, as far as these tables say."""
+    routes = (each for table in tables.values() for each in table.routes.items())
+    if isinstance(asked, AskedAddress):
+        addresses = (b"", asked.address)
+        return backends_of(each for at, each in routes if at.port == asked.port and at.address in addresses)
+    return backends_of(each for _, each in routes if key_of_label(each.label) == asked.key)

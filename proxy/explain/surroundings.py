@@ -7,6 +7,7 @@ What cannot be read is left out, or named: an explanation must not fail for it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +15,14 @@ from typing import NamedTuple
 import msgspec
 
 from proxy.explain import legacy
-from proxy.explain.routing import Way, own_addresses, way_to
+from proxy.explain.passing import OUR_FORWARD, Chains, ForeignRule
+from proxy.explain.routing import Way, own_addresses, ways_to
 from rules.forwarding import Address, Family, Prefix, family_of
 from rules.node_ports import is_loopback
 
 _NET = Path("/proc/thread-self/net")
 _SYSCTL = Path("/proc/sys/net")
 OUR_TABLE = "sluice"
-_OUR_FORWARD = "SLUICE-FORWARD"
-"""The chain by which mode iptables accepts what goes through Services, whatever the policy of FORWARD."""
 _LEGACY_NAMES = {Family.IPV4: "ip_tables_names", Family.IPV6: "ip6_tables_names"}
 _LINK_LOCAL = (Prefix(bytes([169, 254, 0, 0]), 16), Prefix(b"\xfe\x80" + bytes(14), 10))
 
@@ -43,6 +43,8 @@ class ForeignChain(NamedTuple):
     """Whether its policy is drop."""
     legacy: bool = False
     """Whether it is of legacy iptables, of which nft shows nothing."""
+    rules: tuple[ForeignRule, ...] | None = None
+    """Of tables with a base chain of the forward hook; None: they were not read."""
 
     def __str__(self) -> str:
         return f"{self.place} {self.name}"
@@ -68,6 +70,8 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     node_ips: Mapping[Family, Address] = {}
     """The address of each family by which others reach it."""
     ways: Mapping[Address, Way] = {}
+    unreachable: Mapping[Address, str] = {}
+    """Addresses to which the node sends nothing, and what the kernel says of them."""
     forwarding: Mapping[Family, bool] = {}
     strict_rp_filter: tuple[str, ...] = ()
     """Interfaces that drop what has come by another one than answers would leave by."""
@@ -77,14 +81,26 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     chains: tuple[ForeignChain, ...] = ()
     legacy_tables: tuple[str, ...] = ()
     """Tables of legacy iptables that could not be read."""
+    listening: frozenset[tuple[str, int]] = frozenset()
+    """Protocols and ports at which processes of this node wait for clients from outside it."""
     ipvs: bool = False
     """Whether IPVS has virtual services."""
 
     @property
     def forward_drops(self) -> tuple[ForeignChain, ...]:
-        """Chains that drop what is forwarded and that none of their rules accepts; ours does, where it is."""
-        ours = {chain.place for chain in self.chains if chain.name == _OUR_FORWARD}
+        """Chains that drop what is forwarded by their policy; where ours accepts it, they don't."""
+        ours = {chain.place for chain in self.chains if chain.name == OUR_FORWARD}
         return tuple(chain for chain in self.chains if chain.forwards and chain.drops and chain.place not in ours)
+
+    def forwarding_chains(self, family: Family) -> Iterator[tuple[ForeignChain, Chains]]:
+        """The base chains of others that see what is forwarded, each with the chains of its table.
+
+        Those of other service proxies are left out, and what was not read.
+        """
+        kinds = ("inet", "ip") if family is Family.IPV4 else ("inet", "ip6")
+        for base in self.chains:
+            if base.forwards and base.rules is not None and base.family in kinds and base.table != "kube-proxy":
+                yield base, {each.name: each.rules or () for each in self.chains if each.place == base.place}
 
     @property
     def other_proxies(self) -> tuple[str, ...]:
@@ -107,8 +123,11 @@ def look(*addresses: Address) -> Surroundings:
     }
     localnet = _number(_SYSCTL / "ipv4/conf/all/route_localnet")
     tracked, most = (_number(_SYSCTL / "netfilter" / f"nf_conntrack_{name}") for name in ("count", "max"))
+    from proxy.explain.nftables_chains import read_chains  # noqa: PLC0415  # netlink, for live answers only
+
     chains, unread = _legacy_chains()
     own = own_addresses()
+    ways, unreachable = ways_to(addresses)
     node_ips: dict[Family, Address] = {}
     for address in own:
         if not is_loopback(address) and not any(address in network for network in _LINK_LOCAL):
@@ -116,15 +135,28 @@ def look(*addresses: Address) -> Surroundings:
     return Surroundings(
         addresses=frozenset(own),
         node_ips=node_ips,
-        ways={address: way for address in addresses if (way := way_to(address)) is not None},
+        ways=ways,
+        unreachable=unreachable,
         forwarding=forwarding,
         strict_rp_filter=_strict_rp_filter(),
         route_localnet=None if localnet is None else localnet != 0,
         conntrack=(tracked, most) if tracked is not None and most else None,
-        chains=(*_chains(), *chains),
+        chains=(*read_chains(), *chains),
         legacy_tables=tuple(sorted(set(unread))),
+        listening=frozenset(_listening()),
         ipvs=any(line.startswith(("TCP", "UDP", "SCTP")) for line in _lines("ip_vs")),
     )
+
+
+def _listening() -> Iterator[tuple[str, int]]:
+    from proxy.userspace.sockdiag import read_listeners  # noqa: PLC0415  # netlink, for live answers only
+    from rules.netlink.attributes import DecodeError  # noqa: PLC0415  # as above
+
+    for family in Family:
+        with contextlib.suppress(OSError, DecodeError):
+            for each in read_listeners(family):
+                if not is_loopback(each.address):
+                    yield each.protocol.name, each.port
 
 
 def _strict_rp_filter() -> tuple[str, ...]:
@@ -136,28 +168,6 @@ def _strict_rp_filter() -> tuple[str, ...]:
     return tuple(sorted(name for name, value in values.items() if max(value, everywhere) == 1))
 
 
-def _chains() -> Iterator[ForeignChain]:
-    from rules.netlink.attributes import DecodeError  # noqa: PLC0415  # netlink, for live answers only
-    from rules.netlink.transaction import AF_UNSPEC, NetfilterSocket, family_of, netfilter_message  # noqa: PLC0415
-    from rules.nftables.objects import FORWARD, decode_chain  # noqa: PLC0415
-
-    try:
-        with NetfilterSocket() as socket:
-            payloads = socket.dump(netfilter_message(_GET_CHAIN, 0, AF_UNSPEC, b""))
-    except OSError:
-        return
-    for payload in payloads:
-        try:
-            table, chain = decode_chain(payload)
-            family = _NFT_FAMILIES.get(family_of(payload), "?")
-        except DecodeError:
-            continue
-        if table != OUR_TABLE:
-            hook = chain.hook
-            forwards = hook is not None and hook.number == FORWARD and family in _INET
-            yield ForeignChain(family, table, chain.name, forwards, hook is not None and hook.policy == _NF_DROP)
-
-
 def _legacy_chains() -> tuple[list[ForeignChain], list[str]]:
     """The chains of legacy iptables, and the tables that could not be read."""
     found, unread = [], []
@@ -165,22 +175,23 @@ def _legacy_chains() -> tuple[list[ForeignChain], list[str]]:
         short = "ip" if family is Family.IPV4 else "ip6"
         for name in _lines(file):
             try:
-                table = legacy.read(family, name)
+                table = legacy.read(family, name, with_rules=name in _LEGACY_FILTERS)
             except OSError:
                 unread.append(name)
                 continue
+            held = table.rules
             found += [
-                ForeignChain(short, name, each, forwards=False, drops=False, legacy=True) for each in table.chains
+                ForeignChain(short, name, each, forwards=False, drops=False, legacy=True, rules=held.get(each, ()))
+                for each in table.chains
             ]
-            if table.forward_drops:
-                found.append(ForeignChain(short, name, "FORWARD", forwards=True, drops=True, legacy=True))
+            if table.forward_drops or held.get("FORWARD"):
+                forward = ForeignChain(short, name, "FORWARD", forwards=True, drops=table.forward_drops, legacy=True)
+                found.append(forward._replace(rules=held.get("FORWARD", ())))
     return found, unread
 
 
-_GET_CHAIN = 4
-_NF_DROP = 0
-_NFT_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
-_INET = frozenset({"inet", "ip", "ip6"})
+_LEGACY_FILTERS = ("filter", "mangle")
+"""Tables whose FORWARD may drop."""
 
 
 def _lines(name: str) -> list[str]:

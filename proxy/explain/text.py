@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from proxy.explain.answer import Answer, Answers, Unused
 from proxy.explain.causes import Cause
 from proxy.explain.evidence import Evidence
-from rules.explanation import Explanation, Reaches, Share, Untouched, name_of, verdict
+from rules.explanation import Explanation, Reaches, Rejected, Share, Untouched, name_of, verdict
 from rules.forwarding import Kind, Protocol, format_address
 
 WIDTH = 104
@@ -44,7 +44,7 @@ def _answer(answer: Answer, evidence: Evidence) -> Iterator[str]:
         yield "  What the kernel holds is NOT what is wanted here:"
         yield from (f"    ! {each}" for each in answer.disagreements)
     for number, step in enumerate(explanation.steps, 1):
-        yield _with_clause(f"  {number:>2}. {step.words[:1].upper()}{step.words[1:]}", step.clause)
+        yield _with_clause(f"  {number:>2}. {sentence(step.words)}", step.clause)
     outcome = explanation.outcome
     if isinstance(outcome, Reaches):
         yield "  Backends:"
@@ -52,10 +52,15 @@ def _answer(answer: Answer, evidence: Evidence) -> Iterator[str]:
     if answer.unused:
         yield "  Endpoints that are not used:"
         yield from _capped([_unused(each) for each in answer.unused])
-    yield f"  {_conclusion(answer)}"
+    yield f"  {_conclusion(answer, relayed=evidence.relayed)}"
     for other in answer.others:
-        yield f"    From {_other_client(other)}, a connection {verdict(other.outcome)}."
+        yield f"    From {_other_client(other)}, a connection {_verdict(other, relayed=evidence.relayed)}."
     yield from _causes(answer, evidence)
+
+
+def sentence(words: str) -> str:
+    """Words with a capital letter at the beginning, unless they begin with an address."""
+    return words if ":" in words.partition(" ")[0] else f"{words[:1].upper()}{words[1:]}"
 
 
 def _heading(answer: Answer) -> str:
@@ -99,9 +104,17 @@ def _unused(each: Unused) -> str:
     return _with_clause(f"            {each.endpoint}{where}  {each.words}", each.clause)
 
 
-def _conclusion(answer: Answer) -> str:
+def _verdict(explanation: Explanation, *, relayed: bool) -> str:
+    """What becomes of a connection; a process that carries connections refuses one of TCP by a reset."""
+    words = verdict(explanation.outcome)
+    if relayed and isinstance(explanation.outcome, Rejected) and explanation.packet.protocol is Protocol.TCP:
+        return "is refused (TCP reset)"
+    return words
+
+
+def _conclusion(answer: Answer, *, relayed: bool) -> str:
     outcome = answer.explanation.outcome
-    ended = f"the connection {verdict(outcome)}."
+    ended = f"the connection {_verdict(answer.explanation, relayed=relayed)}."
     if answer.works:
         # What others' rules do is not looked at one by one.
         return f"{'It works' if not answer.causes else 'By these rules it works'}: {ended}"
@@ -134,6 +147,12 @@ def _hints(answer: Answer, *, relayed: bool) -> Iterator[Cause]:
     if packet.protocol is Protocol.UDP and not relayed:
         words = "a UDP client that keeps its socket keeps its backend too, whatever became of that"
         yield Cause(kind="flows", words=words, next=f"sluice conntrack --service {label}" if label else "")
+    outcome = answer.explanation.outcome
+    if isinstance(outcome, Reaches) and packet.protocol is Protocol.TCP:
+        backend = outcome.shares[0].backend
+        words = "whether the backend answers by itself: a targetPort at which no container listens refuses clients"
+        command = f"nc -vz -w 3 {format_address(backend.address)} {backend.port}"
+        yield Cause(kind="backend", words=words, next=command)
     words = "what rules of others do with it, and whether it leaves the node, its own packets show"
     if relayed:
         words = "whether a worker takes it up, and which backends it tries, the workers tell"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,11 @@ CONTEXT = 0
 
 
 class Clock(NamedTuple):
-    """Time, for tests to be another."""
+    """Time, and whether anybody reads, for tests to be another."""
 
     now: Callable[[], str]
     sleep: Callable[[float], None]
+    is_alone: Callable[[TextIO], bool] = lambda _: False
 
 
 def watch(
@@ -41,7 +43,7 @@ def watch(
     out: TextIO | None = None,
     clock: Clock | None = None,
 ) -> int:
-    """Print the answer, and what is another about it whenever it is; until ^C.
+    """Print the answer, and what is another about it whenever it is; until ^C, or until nobody reads it any more.
 
     Args:
         asked: what is asked about.
@@ -55,7 +57,7 @@ def watch(
     Returns 0 if the last answer was that it works, 1 if it does not, 2 if nobody could tell.
     """
     out = sys.stdout if out is None else out
-    clock = clock or Clock(lambda: time.strftime("%H:%M:%S"), time.sleep)
+    clock = clock or Clock(lambda: time.strftime("%H:%M:%S"), time.sleep, is_unread)
     before: list[str] | None = None
     code = 2
     try:
@@ -72,8 +74,20 @@ def watch(
                 out.flush()
                 before = now
             clock.sleep(PAUSE)
+            if clock.is_alone(out):
+                return code
     except KeyboardInterrupt:
         return code
+
+
+def is_unread(out: TextIO) -> bool:
+    """Whether whoever read it has gone: `kubectl exec` leaves what it started behind, and a watch may write nothing."""
+    poll = select.poll()
+    try:
+        poll.register(out, 0)
+    except (OSError, ValueError):
+        return False  # no file
+    return bool(poll.poll(0))
 
 
 def _as_lines(answers: Answers | str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxy.explain.text import WIDTH
+from proxy.explain.text import WIDTH, sentence
 from proxy.trace.judged import Judge
 from proxy.trace.packets import SLUICE, Place, Traced, Whose
 from rules.explain import explain
@@ -139,13 +139,13 @@ def lines(told: Told) -> Iterator[str]:
     incoming, outgoing = told.interfaces
     yield f"{label}  {source} -> {destination}/{traced.before.protocol.name}{f', in by {incoming}' if incoming else ''}"
     for number, step in enumerate(explanation.steps, 1):
-        words = f"  {number:>2}. {step.words[:1].upper()}{step.words[1:]}"
+        words = f"  {number:>2}. {sentence(step.words)}"
         yield f"{words:<{WIDTH}}  [{step.clause}]"
     if traced.chains:
         yield f"  Chains: {', '.join(traced.chains)}"
     source, destination = _ends(traced.after)
     yield f"  Seen last: {source} -> {destination}{f', out by {outgoing}' if outgoing else ''}"
-    yield from (f"  {note[:1].upper()}{note[1:]}" for note in traced.notes)
+    yield from (f"  {sentence(note)}" for note in traced.notes)
     yield f"  {_conclusion(told)}"
     if traced.dropped is not None and (command := _listing(traced.dropped)):
         yield f"    {command}"

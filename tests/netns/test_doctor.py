@@ -57,6 +57,10 @@ def agent(root: None, tmp_path: Path) -> Iterator[Agent]:
     manifests.write_bytes(msgspec.json.encode({"apiVersion": "v1", "kind": "List", "items": HEALTHY}))
     with own_network_namespace(), contextlib.ExitStack() as stack:
         run("sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0")
+        run("ip", "link", "add", "pods", "type", "veth", "peer", "name", "pods-end")
+        run("ip", "link", "set", "pods", "up")
+        run("ip", "link", "set", "pods-end", "up")
+        run("ip", "route", "add", "10.244.0.0/16", "dev", "pods")
         agent = Agent(tmp_path, "report", manifests)
         stack.callback(agent.stop)
         yield agent
@@ -157,3 +161,94 @@ def test_a_bundle_answers_anywhere_in_another_checkout_and_without_root(agent: A
 
 def _told(answers: str) -> list[Any]:
     return [(each["outcome"], each["disagreements"]) for each in json.loads(answers)["answers"]]
+
+
+# --- rules of others -------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "nft-sets": [
+        "nft",
+        """table inet guard { set pods { type ipv4_addr; flags interval; elements = { 10.244.1.8/29, 10.9.0.0/16 }; };
+        chain f { type filter hook forward priority 10; ct state { established, related } accept;
+        ip daddr @pods tcp dport { 80, 443 } reject; }; }""",
+    ],
+    "nft": [
+        "nft",
+        """table inet guard { chain pods { ip daddr 10.244.1.11 tcp dport 80 drop; }; chain f {
+        type filter hook forward priority 10; ct state established accept; jump pods; }; }""",
+    ],
+    "iptables-nft": [
+        "iptables-nft -N PODS",
+        "iptables-nft -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        "iptables-nft -A FORWARD -m comment --comment pods -j PODS",
+        "iptables-nft -A PODS -d 10.244.1.11 -p tcp -m multiport --dports 80,443 -j DROP",
+    ],
+    "iptables-legacy": [
+        "iptables-legacy -N PODS",
+        "iptables-legacy -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        "iptables-legacy -A FORWARD -m comment --comment pods -j PODS",
+        "iptables-legacy -A PODS -d 10.244.1.11/32 -o pods -p tcp --dport 80 -j DROP",
+    ],
+}
+CHAINS = {"nft-sets": "f", "nft": "pods", "iptables-nft": "PODS", "iptables-legacy": "PODS"}
+
+
+def program(kind: str) -> None:
+    """Put a rule into the kernel that keeps packets from the backend, as that program does."""
+    commands = OTHERS[kind]
+    if shutil.which(commands[0].split()[0]) is None:
+        pytest.skip(f"{kind} is not installed")
+    if kind.startswith("nft"):
+        run(*commands)
+        return
+    for command in commands:
+        run(*command.split())
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_rule_of_somebody_else_that_drops_what_goes_to_a_backend(agent: Agent, capsys: Any, kind: str) -> None:
+    program(kind)
+    code, found = told(capsys, f"--run-directory={agent.run_directory}")
+    assert (code, set(found)) == (1, {"forward-rule"})
+    dropping = found["forward-rule"]
+    assert (dropping["severity"], dropping["subject"]) == ("critical", "node")
+    assert f"of the chain {CHAINS[kind]} in the table" in dropping["what"]
+    assert "what goes to 10.244.1.11:80 (" in dropping["what"]
+    assert "Service default/web" in dropping["what"]
+    shown = subprocess.run(dropping["next"].split(), capture_output=True, text=True, check=True).stdout
+    assert "@pods" in shown or "10.244.1.11" in shown
+    assert cli.main(["explain", "10.96.0.1:80", "-o", "json", f"--run-directory={agent.run_directory}"]) == 1
+    [answer] = json.loads(capsys.readouterr().out)["answers"]
+    assert [(each["kind"], each["certain"]) for each in answer["causes"]] == [("forward-rule", True)]
+
+
+def test_a_node_without_a_way_to_its_pods(agent: Agent, capsys: Any) -> None:
+    here = f"--run-directory={agent.run_directory}"
+    run("ip", "route", "del", "10.244.0.0/16")
+    code, found = told(capsys, here)
+    assert (code, set(found)) == (1, {"no-route"})
+    assert "no way to 10.244.1.11: there is no route" in found["no-route"]["what"]
+    run("ip", "route", "add", "blackhole", "10.244.0.0/16")
+    _, found = told(capsys, here)
+    assert "no way to 10.244.1.11: the route is blackhole" in found["no-route"]["what"]
+    path = str(agent.manifests.parent / "lost.tar.gz")
+    assert cli.main(["bundle", "-o", path, here]) == 0
+    with own_network_namespace():
+        code, found = told(capsys, "-f", path)
+    assert (code, set(found)) == (1, {"no-route"})
+
+
+def test_next_to_kube_proxy_without_an_agent_its_rules_are_looked_at(root: None, tmp_path: Path, capsys: Any) -> None:
+    recorded = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2" / "nftables.nft"
+    with own_network_namespace():
+        run("sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        run("nft", "-f", str(recorded))
+        capsys.readouterr()
+        assert cli.main(["doctor", "-o", "json", f"--run-directory={tmp_path}"]) == 1
+        found = json.loads(capsys.readouterr().out)["findings"]
+    kinds = {each["kind"]: each["severity"] for each in found}
+    assert kinds["agent-absent"] == "note"
+    assert kinds["no-route"] == "critical"
+    assert {"no-endpoints", "policy-local"} <= kinds.keys()
+    assert not {"no-rules", "other-proxy"} & kinds.keys()
+    assert ("Service default/void", "no-endpoints") in {(each["subject"], each["kind"]) for each in found}

@@ -15,14 +15,16 @@ import pytest
 
 from proxy import cli
 from proxy.config.load import load as configure
+from proxy.demo.probes import Probe
 from proxy.explain.surroundings import ForeignChain, look
 from proxy.render import render
 from proxy.sources.manifests import load
 from rules.forwarding import Family, parse_address
 from rules.nftables.dataplane import NftablesDataplane
 from tests.netns.agent import Agent
-from tests.netns.asking import eventually
+from tests.netns.asking import eventually, said
 from tests.netns.isolation import own_network_namespace
+from tests.netns.runner import DROP, backends
 from tests.scenarios.schema import CLUSTER, DIRECTORY, manifests
 from tests.scenarios.schema import load as load_scenario
 
@@ -43,6 +45,11 @@ def node(root: None) -> Iterator[None]:
     with own_network_namespace(), contextlib.ExitStack() as stack:
         run("ip", "link", "set", "lo", "up")
         run("ip", "address", "add", "192.168.50.11/32", "dev", "lo")
+        run("ip", "link", "add", "pods", "type", "veth", "peer", "name", "pods-end")
+        run("ip", "link", "set", "pods", "up")
+        run("ip", "link", "set", "pods-end", "up")
+        run("ip", "route", "add", "10.244.0.0/16", "dev", "pods")
+        run("ip", "-6", "route", "add", "fd00:244::/32", "dev", "pods")
         run("sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
         for table in tables:
             dataplane = stack.enter_context(contextlib.closing(NftablesDataplane(table.family)))
@@ -214,8 +221,9 @@ def test_what_else_may_be_in_the_way_is_told(node, capsys):
     run("sysctl", "-q", "-w", "net.ipv4.conf.lo.rp_filter=0", "net.ipv4.conf.all.rp_filter=1")
     run("ip", "link", "add", "out", "type", "veth", "peer", "name", "in")
     told = live(capsys, "10.96.0.47:80")
-    assert (told.code, told.answer["works"]) == (0, True)
+    assert (told.code, told.answer["works"]) == (1, False)
     found = {cause["kind"]: cause for cause in told.answer["causes"]}
+    assert [kind for kind, cause in found.items() if cause["certain"]] == ["forward-drop"]
     assert found.keys() == {"forward-drop", "other-proxy", "rp-filter"}
     assert found["forward-drop"]["next"] == "nft list chain ip filter FORWARD"
     assert "KUBE-SERVICES in the table ip nat" in found["other-proxy"]["words"]
@@ -250,7 +258,13 @@ def test_what_iptables_of_either_kind_has_in_the_way_is_told_with_the_command_th
     shown = subprocess.run(dropping["next"].split(), capture_output=True, text=True, check=True).stdout
     assert "drop" in shown.lower()
     run(f"iptables-{kind}", "-N", "SLUICE-FORWARD")
-    assert [each["kind"] for each in live(capsys, "10.96.0.47:80").answer["causes"]] == ["other-proxy"]
+    run(f"iptables-{kind}", "-I", "FORWARD", "-j", "SLUICE-FORWARD")
+    # It accepts what is masqueraded, and no more (IPT-15).
+    masqueraded = live(capsys, "10.96.0.47:80", "--from=192.0.2.9")
+    assert masqueraded.outcome == {"10.244.1.11:80": True}
+    assert [each["kind"] for each in masqueraded.answer["causes"]] == ["other-proxy"]
+    kept = live(capsys, "10.96.0.47:80", "--from=10.244.1.12").answer
+    assert [(each["kind"], each["certain"]) for each in kept["causes"]][1:] == [("forward-drop", True)]
 
 
 def test_tables_of_legacy_iptables_are_not_made_by_looking_at_them(node, capsys):
@@ -279,7 +293,7 @@ def test_the_surroundings_of_a_bare_namespace(root):
     way = found.ways[parse_address("10.1.2.9")]
     assert (way.interface, way.source) == ("out", parse_address("10.1.2.3"))
     assert parse_address("10.9.9.9") not in found.ways
-    assert found.forward_drops == (ForeignChain("inet", "mine", "f", forwards=True, drops=True),)
+    assert found.forward_drops == (ForeignChain("inet", "mine", "f", forwards=True, drops=True, rules=()),)
     assert found.other_proxies == ()
 
 
@@ -316,3 +330,79 @@ def test_the_agent_tells_what_it_wants_and_why(agent):
     assert answer["disagreements"] == []
     code, data, _ = explain(agent, "192.168.50.11:30001", "--from=192.168.50.100", "--live")
     assert (code, data["source"], data["answers"][0]["outcome"]) == (0, "kernel", answer["outcome"])
+
+
+OBSTACLES = {
+    "a policy": (["iptables-nft -P FORWARD DROP"], {"forward-drop"}),
+    "a policy, and what was translated is accepted": (
+        ["iptables-nft -P FORWARD DROP", "iptables-nft -A FORWARD -m conntrack --ctstate DNAT,ESTABLISHED -j ACCEPT"],
+        set(),
+    ),
+    "a rule about the pod": (["iptables-nft -A FORWARD -d 10.244.1.11 -p tcp --dport 8080 -j DROP"], {"forward-rule"}),
+    "a rule about the pod by legacy iptables": (
+        ["iptables-legacy -A FORWARD -d 10.244.1.11 -p tcp --dport 8080 -j REJECT"],
+        {"forward-rule"},
+    ),
+    "a rule about another port": (["iptables-nft -A FORWARD -d 10.244.1.11 -p tcp --dport 80 -j DROP"], set()),
+    "a rule about another client": (["iptables-nft -A FORWARD -s 10.9.0.0/16 -j DROP"], set()),
+    "a rule about the client": (["iptables-nft -A FORWARD -s 10.244.1.13 -j DROP"], {"forward-rule"}),
+    "a rule about the interface": (["iptables-nft -A FORWARD -o pod-p1 -j DROP"], {"forward-rule"}),
+    "a rule about what is old": (["iptables-nft -A FORWARD -m conntrack --ctstate INVALID -j DROP"], set()),
+    "a rule of nftables with sets": (
+        [
+            "nft add table inet guard",
+            "nft add chain inet guard f { type filter hook forward priority 5; }",
+            "nft add rule inet guard f ct state { established, related } accept",
+            "nft add rule inet guard f ip daddr { 10.244.1.0/28, 10.9.9.9 } tcp dport { 80, 8080 } drop",
+        ],
+        {"forward-rule"},
+    ),
+    "a route that is gone": (["ip route del 10.244.1.11"], {"no-route"}),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_what_explain_says_of_obstacles_is_what_packets_meet(agent, mode, obstacle):
+    if mode not in ("nftables", "iptables"):
+        pytest.skip(f"in mode {mode} the node forwards no packet of a connection's beginning")
+    commands, expected = OBSTACLES[obstacle]
+    if any("legacy" in each for each in commands) and shutil.which("iptables-legacy") is None:
+        pytest.skip("iptables-legacy is not installed")
+    agent.configure({})
+    world = agent.world
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "near", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.7.1", "ports": [{"port": 80}]},
+    }
+    slices = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "near-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "near"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 8080}],
+        "endpoints": [{"addresses": ["10.244.1.11"], "nodeName": "node1"}],
+    }
+    objects = [*manifests(CLUSTER), service, slices]
+    world.probes.open(backends(objects))
+    agent.apply(objects)
+    try:
+        for command in commands:
+            said(world, *command.split())
+        probe = Probe(host="p3", address="10.96.7.1", port=80, timeout=DROP)
+        [[seen]] = world.probes.probe(probe)
+        code, data, _ = explain(agent, "10.96.7.1:80", "--from=10.244.1.13")
+        [answer] = data["answers"]
+        certain = {each["kind"] for each in answer["causes"] if each["certain"]}
+        assert (certain, code == 0) == (expected, seen.kind == "answered")
+        assert not expected or seen.kind != "answered"
+    finally:
+        said(world, *["ip", "route", "replace", "10.244.1.11", "dev", "pod-p1", "src", "192.168.50.11"])
+        for command in commands:
+            if command.startswith("iptables"):
+                said(world, *command.replace(" -A ", " -D ").replace("FORWARD DROP", "FORWARD ACCEPT").split())
+        if "guard" in " ".join(commands):
+            said(world, "nft", "delete", "table", "inet", "guard")
+        world.probes.shut()
+        agent.expect_empty(manifests(CLUSTER))

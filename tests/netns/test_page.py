@@ -94,7 +94,14 @@ def page(root: None, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator
     manifests.parent.mkdir()
     write(manifests, objects())
     with own_network_namespace(), contextlib.ExitStack() as stack:
-        subprocess.run(["sysctl", "-q", "-w", "net.ipv4.ip_forward=1"], check=True)
+        for command in (
+            "sysctl -q -w net.ipv4.ip_forward=1",
+            "ip link add pods type veth peer name pods-end",
+            "ip link set pods up",
+            "ip link set pods-end up",
+            "ip route add 10.244.0.0/16 dev pods",
+        ):
+            subprocess.run(command.split(), check=True)
         more = ["--debug-page", "--iptables-min-sync-period=1ms", "--service-cidrs=10.96.0.0/16"]
         agent = Agent(tmp_path, "report", manifests, more)
         stack.callback(agent.stop)

@@ -21,7 +21,7 @@ from proxy.agent_socket import NoAgentError, TableHead, WantedTable
 from proxy.bundle import without_secrets
 from proxy.bundle_reading import BundleError, Manifest
 from proxy.objects import EndpointSlice, Service
-from proxy.report import SourceReport
+from proxy.report import SourceReport, Trouble
 from rules.dataplane import Capabilities, Raw, RawItem, UnavailableError
 from rules.forwarding import Family, ForwardingTable, parse_address
 from rules.netlink.conntrack import Flow
@@ -85,16 +85,18 @@ class Held:
 
     capabilities = Capabilities()
 
-    def __init__(self, table: ForwardingTable) -> None:
+    def __init__(self, table: ForwardingTable | None) -> None:
         self._table = table
 
     def raw(self) -> Raw | None:
+        if self._table is None:
+            return None
         items = [RawItem(0, "map cluster-ip"), RawItem(1, "10.96.0.41 . tcp . 80", (at("10.96.0.41:80"),))]
         return Raw(self._table, items) if self._table is HELD else Raw(self._table, items[:1])
 
     family = Family.IPV4
 
-    def read(self) -> ForwardingTable:
+    def read(self) -> ForwardingTable | None:
         return self._table
 
     def check(self) -> None:
@@ -105,9 +107,9 @@ class Held:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> list[ForwardingTable]:
+def held(monkeypatch: pytest.MonkeyPatch) -> list[ForwardingTable | None]:
     """What the kernel of a node holds on which an agent runs; to be changed by tests."""
-    tables = [HELD]
+    tables: list[ForwardingTable | None] = [HELD]
 
     def opened(_name: str, family: Family) -> Any:
         if family is Family.IPV6:
@@ -132,7 +134,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[ForwardingTable]:
     monkeypatch.setattr(agent_socket, "objects", lambda *_: json.loads(json.dumps(OBJECTS)))
     monkeypatch.setattr(modes, "present", lambda: ("nftables",))
     monkeypatch.setattr(modes, "open_dataplane", opened)
-    monkeypatch.setattr(bundle, "look", lambda: NODE)
+    monkeypatch.setattr(bundle, "look", lambda *_: NODE)
     monkeypatch.setattr(bundle, "available", lambda _: {})
     report = flows.Report("the agent", [FLOW, FLOW._replace(stale=True)])
     monkeypatch.setattr(flows, "look", lambda **_: report)
@@ -319,6 +321,14 @@ def test_no_archive_of_a_stranger_raises_anything_else(files):
             bundle_reading.read(file.name)
 
 
+@pytest.mark.parametrize("data", [b"\x1f\x8b\x08", b"\x1f\x8b\x08\x0c\0\0\0\0\0\xff\x05"])
+def test_a_header_of_gzip_that_has_no_end_is_refused(data, tmp_path):
+    file = tmp_path / "bundle.tgz"
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match="cannot be read: "):
+        bundle_reading.read(str(file))
+
+
 @pytest.mark.parametrize(("name", "size"), [("other", 1 << 20), ("manifest.json", 1 << 20), ("other", 0)])
 def test_what_would_take_long_to_unpack_is_refused(name, size, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle_reading, "LONGEST", 1 << 16)
@@ -335,7 +345,7 @@ def test_what_would_take_long_to_unpack_is_refused(name, size, tmp_path, monkeyp
 def test_a_doctor_reads_one_with_the_node_as_it_was(held, tmp_path, capsys, monkeypatch):
     held[0] = LOST
     around = msgspec.structs.replace(NODE, forwarding={Family.IPV4: False})
-    monkeypatch.setattr(bundle, "look", lambda: around)
+    monkeypatch.setattr(bundle, "look", lambda *_: around)
     path = str(made(tmp_path))
     capsys.readouterr()
     assert cli.main(["doctor", "-f", path, "-o", "json"]) == 1
@@ -412,7 +422,36 @@ def next_to_kube_proxy(held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "available", lambda family: {"nft": Saver(SAVED[family])})
     monkeypatch.setattr(bundle, "_nft_tables", lambda _: (RECORDED / "nftables.nft").read_text())
     monkeypatch.setattr(agent_socket, "objects", lambda *_: [each for each in objects if each["kind"] != "Namespace"])
-    monkeypatch.setattr(bundle, "look", lambda: msgspec.structs.replace(NODE, addresses=own))
+    monkeypatch.setattr(bundle, "look", lambda *_: msgspec.structs.replace(NODE, addresses=own))
+
+
+def test_a_doctor_goes_by_another_proxys_rules_where_there_are_no_others(
+    next_to_kube_proxy, held, tmp_path, capsys, monkeypatch
+):
+    def nobody(_directory: str) -> Any:
+        raise NoAgentError("no agent answers")
+
+    held[0] = None
+    monkeypatch.setattr(agent_socket, "status", nobody)
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    cli.main(["doctor", "-f", path, "-o", "json"])
+    found = json.loads(capsys.readouterr().out)["findings"]
+    kinds = {each["kind"] for each in found}
+    assert {"no-endpoints", "agent-absent"} <= kinds
+    assert not kinds & {"no-rules", "other-proxy"}
+    assert next(each for each in found if each["kind"] == "agent-absent")["severity"] == "note"
+
+
+def test_a_service_that_cannot_be_used_is_no_service_that_is_not_there(held, tmp_path, capsys, monkeypatch):
+    trouble = Trouble(
+        origin="service", subject="Service default/bad", reason="spec.ports[0].port: expected int <= 65535"
+    )
+    monkeypatch.setattr(agent_socket, "status", lambda _: msgspec.structs.replace(HEALTHY, troubles=(trouble,)))
+    path = str(made(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["explain", "default/bad", "-f", path]) == 1
+    assert "Service default/bad is there, and cannot be used: spec.ports[0].port" in capsys.readouterr().out
 
 
 def test_rules_of_others_are_in_it_and_ours_are_not_among_them(next_to_kube_proxy, tmp_path):

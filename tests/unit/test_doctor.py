@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 from pathlib import Path
@@ -12,12 +13,19 @@ import pytest
 
 from proxy import agent_socket, cli, doctor
 from proxy.agent_socket import AgentError, NoAgentError
+from proxy.config.load import load as configure
 from proxy.config.settings import Settings
-from proxy.doctor_findings import WORST_FIRST, Finding, Known, findings, lines
+from proxy.doctor_finding import WORST_FIRST, Finding
+from proxy.doctor_findings import Known, findings, lines
+from proxy.explain import obstacles
 from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means
+from proxy.explain.passing import Condition, ForeignRule
 from proxy.explain.surroundings import ForeignChain, Surroundings
+from proxy.offline import standing_of
+from proxy.render import render_on
 from proxy.report import Contested, Followed, SourceReport, Trouble, Unserved
+from proxy.sources.manifests import load
 from proxy.verify import Verified
 from rules.dataplane import UnavailableError
 from rules.diff import compare
@@ -36,7 +44,8 @@ from tests.builders import at, backends, endpoint, endpoint_slice, service, view
 from tests.fakes.held import HELD, NODE, means
 from tests.unit.test_status import HEALTHY, with_syncs
 
-CLUSTER = Path(__file__).parents[1] / "data" / "explain" / "cluster.yaml"
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "tests" / "data" / "explain" / "cluster.yaml"
 IN_ORDER = Known(tables={Family.IPV4: HELD}, surroundings=NODE, status=HEALTHY)
 
 
@@ -359,3 +368,184 @@ def test_of_manifests_every_sick_service_is_named_and_no_other(capsys):
         ("sick-here", "policy-local"),
     }
     assert not {name for name, _ in by_service} & {"web", "zonal", "guarded", "headless", "elsewhere"}
+
+
+# --- all that explain knows ------------------------------------------------------------------------------------------
+
+NEEDS_A_PACKET = {
+    "source-ranges": "whom ranges shut out depends on the client; ranges that admit nobody are source-ranges-nobody",
+    "loopback": "who may use a loopback address depends on the client",
+    "closed-port": "nobody but a client asks for a port that no Service has",
+    "no-node-port": "the same for node ports",
+    "no-service": "the same for addresses",
+    "flows": "no cause but a hint: stale flows themselves are found as stale-flows",
+    "trace": "no cause but a hint",
+    "backend": "no cause but a hint: whether a pod listens, only a connection to it shows",
+}
+"""Likely causes that nobody can find without a packet, and why."""
+
+
+def causes_that_explain_knows() -> set[str]:
+    """By the source: every `Cause(kind=...)`, and the kinds that are told by `kind_of`."""
+    found = set()
+    for file in (ROOT / "proxy" / "explain").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Cause":
+                kinds = [each.value for each in node.keywords if each.arg == "kind"]
+                found |= {str(each.value) for each in kinds if isinstance(each, ast.Constant)}
+            elif isinstance(node, ast.FunctionDef) and node.name == "kind_of":
+                found |= {str(each.value) for each in ast.walk(node) if isinstance(each, ast.Constant) and each.value}
+    return {kind for kind in found if " " not in kind}
+
+
+def forwards(*rules: ForeignRule, drops: bool = False) -> dict[str, Any]:
+    """A chain FORWARD of others with these rules."""
+    return {"chains": (ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=drops, rules=rules),)}
+
+
+TO_ONE = (Condition("destination", ("10.244.1.11/32",)),)
+SICK = {
+    "no-slices": lambda: of_manifests("nobody"),
+    "empty-slices": lambda: of_manifests("scaled-down"),
+    "no-slices-of-family": lambda: of_manifests("handmade"),
+    "no-such-port": lambda: of_service("R", name="metrics"),
+    "none-ready": lambda: of_service("N"),
+    "policy-local": lambda: of_manifests("away"),
+    "no-endpoints": lambda: msgspec.structs.replace(
+        holding("10.96.0.1:80", Route(kind=Kind.CLUSTER_IP, refusal=Refusal.REJECT, label="ns/svc:")), cluster=None
+    ),
+    "node-port-address": lambda: holding(
+        "*:30001",
+        Route(kind=Kind.NODE_PORT, backends=backends("10.0.0.1"), label="ns/svc:"),
+        node_port_addresses=frozenset(),
+    ),
+    "no-rules": lambda: Known(surroundings=NODE, absent="no agent answers"),
+    "drift": lambda: msgspec.structs.replace(
+        IN_ORDER, verified=(Verified("nftables", compare(HELD, ForwardingTable(family=Family.IPV4)), 2),)
+    ),
+    "conflict": lambda: agent(contested=(Contested(frontend="10.0.0.9:80/TCP", winner="ns/a", losers=("ns/b",)),)),
+    "other-proxy": lambda: around(ipvs=True),
+    "conntrack-full": lambda: around(conntrack=(1000, 1000)),
+    "route-localnet": lambda: msgspec.structs.replace(
+        holding(
+            "*:30001",
+            Route(kind=Kind.NODE_PORT, backends=backends("10.0.0.1"), label="ns/svc:"),
+            loopback_node_ports=True,
+        ),
+        surroundings=msgspec.structs.replace(NODE, route_localnet=False),
+    ),
+    "ip-forward": lambda: around(forwarding={Family.IPV4: False}),
+    "legacy-forward": lambda: around(legacy_tables=("filter",)),
+    "rp-filter": lambda: around(strict_rp_filter=("eth0",)),
+    "no-route": lambda: around(unreachable={parse_address("10.244.1.11"): "there is no route"}),
+    "forward-drop": lambda: around(**forwards(drops=True)),
+    "forward-rule": lambda: around(**forwards(ForeignRule(5, "drop", TO_ONE))),
+    "forward-rule-perhaps": lambda: around(**forwards(ForeignRule(5, "drop", (Condition("other", ("mark",)),)))),
+}
+"""For each likely cause a node, or its Services, that have it."""
+
+
+def of_manifests(name: str) -> Known:
+    """A Service of the manifests of tests/data/explain, on node1."""
+    loaded = load(CLUSTER)
+    settings = configure(
+        [("proxy-mode", "nftables"), ("hostname-override", "node1"), ("cluster-cidr", "10.244.0.0/16")]
+    ).settings
+    loaded = msgspec.structs.replace(loaded, services=tuple(each for each in loaded.services if each.key.name == name))
+    standing = standing_of(loaded, settings, "node1", {})
+    tables = {table.family: table for table in render_on(standing, loaded.services).tables}
+    services = {each.key: each for each in loaded.services}
+    cluster = Cluster(view=standing.view, services=services, slices=standing.slices)
+    return Known(tables=tables, cluster=cluster, status=HEALTHY, surroundings=NODE)
+
+
+@pytest.mark.parametrize("kind", sorted(causes_that_explain_knows()))
+def test_every_likely_cause_of_explain_is_found_or_takes_a_packet(kind):
+    if kind in NEEDS_A_PACKET:
+        assert kind not in SICK
+        return
+    assert kind in kinds(SICK[kind]())
+
+
+def test_a_rule_of_others_names_the_services_that_it_concerns():
+    found = only(SICK["forward-rule"]())
+    assert (found.severity, found.subject) == ("error", "Service default/web")
+    assert found.what == (
+        "rule 5 of the chain FORWARD in the table ip filter drops what goes to 10.244.1.11:80 "
+        "(destination 10.244.1.11/32)"
+    )
+    assert found.next == "nft -a list chain ip filter FORWARD"
+    every = only(around(**forwards(ForeignRule(5, "reject"))))
+    assert (every.severity, every.subject) == ("critical", "node")
+    assert every.what.endswith(
+        "refuses what goes to 10.244.1.11:80, 10.244.2.11:80 (whatever comes), for Service default/web"
+    )
+
+
+def test_rules_that_accept_services_are_no_trouble():
+    accepting = ForeignRule(4, "accept", (Condition("translated"),))
+    assert findings(around(**forwards(accepting, ForeignRule(5, "drop"), drops=True))) == ()
+    assert findings(around(**forwards(ForeignRule(4, "drop", (Condition("state", ("invalid",)),))))) == ()
+
+
+def test_a_node_port_at_which_a_process_waits():
+    found = only(around(listening=frozenset({("TCP", 30001), ("TCP", 22)})))
+    assert (found.kind, found.severity, found.subject) == ("node-port-listener", "warning", "Service default/web")
+    assert found.next == "ss -lntp 'sport = :30001'"
+
+
+def test_next_to_another_proxy_no_agent_is_needed():
+    known = Known(tables={Family.IPV4: HELD}, surroundings=NODE, absent="no agent answers", carrier="kube-proxy")
+    assert kinds(known) == {"agent-absent": "note"}
+
+
+def many(services: int) -> ForwardingTable:
+    """As many Services, with a backend each."""
+    routes = {
+        at(f"10.96.{n >> 8}.{n & 255}:80"): Route(
+            kind=Kind.CLUSTER_IP, backends=backends(f"10.244.{n >> 8}.{n & 255}"), label=f"ns/s{n}:"
+        )
+        for n in range(services)
+    }
+    return ForwardingTable(family=Family.IPV4, routes=routes)
+
+
+def test_of_many_backends_the_one_that_a_rule_is_about_is_found():
+    rules = [ForeignRule(n, "drop", (Condition("destination", (f"10.9.{n >> 8}.{n & 255}/32",)),)) for n in range(500)]
+    rules.append(ForeignRule(501, "drop", (Condition("destination", ("10.244.19.0/32",)), Condition("port", ("80",)))))
+    found = findings(msgspec.structs.replace(around(**forwards(*rules)), tables={Family.IPV4: many(5000)}))
+    assert [(each.kind, each.subject) for each in found] == [("forward-rule", f"Service ns/s{19 << 8}")]
+
+
+def test_what_many_rules_do_with_many_backends_is_bounded_and_said(monkeypatch):
+    monkeypatch.setattr(obstacles, "_MOST_MET", 5000)
+    rules = [
+        ForeignRule(n, "drop", (Condition("destination", (f"10.244.0.{n}/32",)), Condition("other", ("mark",))))
+        for n in range(100)
+    ]
+    found = findings(msgspec.structs.replace(around(**forwards(*rules)), tables={Family.IPV4: many(1000)}))
+    assert {each.kind for each in found} == {"forward-rule-perhaps", "not-looked-at"}
+    told = {each.kind: each.what for each in found}
+    assert "11 rules in the table ip filter" in told["forward-rule-perhaps"]
+    assert "89 of 1000 backends" in told["not-looked-at"]
+
+
+def test_a_policy_of_drop_shuts_out_what_mode_iptables_does_not_masquerade():
+    """IPT-15: node ports are masqueraded mostly, ClusterIPs are not; so it is no trouble of all connections."""
+    ours = ForeignChain("ip", "filter", "SLUICE-FORWARD", forwards=False, drops=False, rules=())
+    base = forwards(ForeignRule(1, "jump", target="SLUICE-FORWARD"), drops=True)["chains"]
+    found = only(around(chains=(*base, ours)))
+    assert (found.kind, found.severity, found.subject) == ("forward-drop", "error", "Service default/web")
+    assert "as `-m conntrack --ctstate DNAT,ESTABLISHED -j ACCEPT` would" in found.what
+    everybody = msgspec.structs.replace(HELD, node=NodeFacts(masquerade_all=True))
+    known = msgspec.structs.replace(around(chains=(*base, ours)), tables={Family.IPV4: everybody})
+    assert only(known).severity == "warning"
+
+
+def test_with_ipvs_answers_alone_are_forwarded():
+    bound = msgspec.structs.replace(HELD, node=NodeFacts(bound=True))
+    sick = around(**forwards(ForeignRule(5, "drop")))
+    assert kinds(sick) == {"forward-rule": "critical"}
+    assert kinds(msgspec.structs.replace(sick, tables={Family.IPV4: bound})) == {}
+    dropping = msgspec.structs.replace(around(**forwards(drops=True)), tables={Family.IPV4: bound})
+    assert kinds(dropping) == {"forward-drop": "warning"}

@@ -24,17 +24,17 @@ class Cluster:
     """What the plugin did, and how it ended."""
 
     def __init__(self, directory: Path) -> None:
-        self._calls = directory / "calls"
+        self.file = directory / "calls"
         fake = directory / "kubectl"
         fake.write_text(FAKE)
         fake.chmod(0o755)
-        self._path = f"{directory}:{os.environ['PATH']}"
+        self.path = f"{directory}:{os.environ['PATH']}"
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        self._calls.write_text("")
+        self.file.write_text("")
         values: Mapping[str, str] = {
-            "PATH": self._path,
-            "CALLS": str(self._calls),
+            "PATH": self.path,
+            "CALLS": str(self.file),
             "PODS": "kube-proxy-x7\\n",
             "CURRENT": "shop",
             "CODE": "0",
@@ -44,7 +44,7 @@ class Cluster:
 
     @property
     def calls(self) -> list[list[str]]:
-        return [line.split("|")[1:] for line in self._calls.read_text().splitlines()]
+        return [line.split("|")[1:] for line in self.file.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -83,6 +83,28 @@ def test_services_as_kubectl_names_them(asked: str, meant: str, cluster: Cluster
     assert executed(cluster) == ["sluice", "explain", meant]
 
 
+@pytest.mark.parametrize("option", [["-n", "other"], ["--namespace", "other"], ["--namespace=other"]])
+def test_a_namespace_given_as_to_kubectl(option: list[str], cluster: Cluster) -> None:
+    cluster.run("explain", "svc/web", *option, "--node=n1", "--from", "node")
+    assert executed(cluster) == ["sluice", "explain", "other/web", "--from", "node"]
+    cluster.run("dump", *option, "--node=n1")
+    assert executed(cluster) == ["sluice", "dump", *option], "dump has a namespace of its own"
+
+
+def test_with_a_terminal_the_verb_has_one_too(cluster: Cluster) -> None:
+    import pty  # noqa: PLC0415  # this test alone needs one
+
+    owner, terminal = pty.openpty()
+    cluster.run("status", "--node=n1")
+    values = {"PATH": cluster.path, "CALLS": str(cluster.file), "PODS": "kube-proxy-x7\\n", "CURRENT": "", "CODE": "0"}
+    subprocess.run(["sh", str(PLUGIN), "status", "--node=n1"], env=values, stdin=terminal, stdout=terminal, check=True)
+    os.close(owner)
+    os.close(terminal)
+    without, with_one = [call for call in cluster.calls if "exec" in call]
+    assert "-it" not in without
+    assert with_one[2:5] == ["exec", "-it", "kube-proxy-x7"]
+
+
 def test_a_context_without_a_namespace_means_default(cluster: Cluster) -> None:
     cluster.run("explain", "svc/web", "--node=n1", CURRENT="")
     assert executed(cluster) == ["sluice", "explain", "default/web"]
@@ -113,6 +135,8 @@ def test_it_ends_as_the_verb_does(cluster: Cluster) -> None:
         (["doctor", "--node"], {}, "--node needs a value"),
         (["doctor", "--node", "n9"], {"PODS": ""}, "no running pod with k8s-app=kube-proxy on node n9"),
         (["cleanup", "--node", "n1"], {}, "cleanup is no question"),
+        (["explain", "svc/web", "--node", "n1", "-n"], {}, "-n needs a value"),
+        (["doctor", "--node", "n1", "-f", "x.yaml"], {}, "-f reads a file of this machine"),
         (["-o", "json", "doctor", "--node", "n1"], {}, "the verb comes first"),
     ],
 )

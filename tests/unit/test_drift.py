@@ -176,7 +176,7 @@ def test_a_change_of_Services_in_the_same_sync_is_not_taken_for_drift() -> None:
 
 
 @pytest.mark.parametrize("policy", ["repair", "report"])
-def test_what_nobody_told_is_found_by_the_hourly_look(policy: DriftPolicy) -> None:
+def test_SYN_10_12_what_nobody_told_is_found_by_the_hourly_look(policy: DriftPolicy) -> None:
     async def scenario(rig: Rig) -> None:
         rig.damage("one thing")
         await until(lambda: (1, policy == "repair") in rig.reports.drifts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from proxy import cli
 from proxy.explain.asked import Client, parse_asked
 from proxy.explain.evidence import Evidence
-from proxy.explain.watching import Clock, watch
+from proxy.explain.watching import Clock, is_unread, watch
 from rules.forwarding import Family, ForwardingTable
 from tests.builders import at
 from tests.fakes.held import HELD
@@ -101,3 +102,22 @@ def test_the_verb_asks_again(tmp_path, monkeypatch, capsys):
     assert cli.main(["explain", "--watch", "-f", str(manifest), "--node-addresses", "192.0.2.1", "default/web"]) == 1
     printed = capsys.readouterr().out
     assert "+ default/web  10.96.0.10:80/TCP (ClusterIP), from a local pod" in printed
+
+
+def test_it_ends_when_nobody_reads_any_more():
+    """What kubectl exec has started gets no signal when kubectl ends, and an answer that stays is not written again."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as out:
+        assert not is_unread(out)
+        looks = []
+
+        def gather() -> Evidence:
+            looks.append(1)
+            if len(looks) == 2:
+                os.close(reading)
+            return evidence(HELD)
+
+        clock = Clock(lambda: "12:00:00", lambda _: None, is_unread)
+        assert watch(parse_asked("10.96.0.41:80"), Client(), gather, (), as_json=False, out=out, clock=clock) == 0
+        assert len(looks) == 2
+    assert not is_unread(io.StringIO())

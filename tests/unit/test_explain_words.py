@@ -15,8 +15,9 @@ from proxy import cli
 from proxy.config.settings import Settings
 from proxy.explain import verb
 from proxy.explain.gather import Where
+from proxy.explain.passing import Condition, ForeignRule
 from proxy.explain.surroundings import ForeignChain
-from rules.forwarding import Family
+from rules.forwarding import Family, parse_address
 from tests.fakes.held import NODE, means
 
 DATA = Path(__file__).parents[1] / "data" / "explain"
@@ -54,6 +55,8 @@ ANSWERS = {
 }
 
 FORWARD = ForeignChain("ip", "filter", "FORWARD", forwards=True, drops=True)
+ONE_DROPPED = ForeignRule(5, "drop", (Condition("destination", ("10.244.1.11/32",)), Condition("port", ("80",))))
+SOME_REFUSED = ForeignRule(6, "reject", (Condition("source", ("10.244.1.0/25",)), Condition("other", ("mark",))))
 SERVICES = ForeignChain("ip", "nat", "KUBE-SERVICES", forwards=False, drops=False)
 NODES = {
     "node-that-is-in-order": (0, NODE),
@@ -61,6 +64,14 @@ NODES = {
     "forward-policy-drop": (
         0,
         msgspec.structs.replace(NODE, chains=(FORWARD, FORWARD._replace(legacy=True), FORWARD._replace(family="ip6"))),
+    ),
+    "rules-of-others": (
+        0,
+        msgspec.structs.replace(NODE, chains=(FORWARD._replace(drops=False, rules=(ONE_DROPPED, SOME_REFUSED)),)),
+    ),
+    "no-way-to-a-pod": (
+        0,
+        msgspec.structs.replace(NODE, unreachable={parse_address("10.244.2.11"): "there is no route"}),
     ),
     "legacy-iptables-unread": (0, msgspec.structs.replace(NODE, legacy_tables=("filter",))),
     "other-proxy": (

@@ -1,0 +1,102 @@
+"""The chains of all tables of nftables but ours, those of iptables-nft among them.
+
+Rules are read of tables that see what is forwarded, and with them the sets that they look into: to an extent, as there
+are lists of a million addresses that somebody blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from proxy.explain.passing import ForeignRule
+from proxy.explain.passing_nftables import Sets, decode, members
+from proxy.explain.surroundings import OUR_TABLE, ForeignChain
+from rules.netlink.attributes import DecodeError, text
+from rules.netlink.transaction import AF_UNSPEC, NetfilterSocket, family_of, netfilter_message
+from rules.nftables.expressions import Lookup
+from rules.nftables.messages import decode_elements
+from rules.nftables.objects import EVALUATED, FORWARD, TIMEOUT, ListedRule, decode_chain, decode_rule, decode_set
+
+_GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENTS = 4, 7, 10, 13
+_TABLE, _NAME = 1, 2
+_DROP = 0
+_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
+_FORWARDING = frozenset({"inet", "ip", "ip6"})
+_NOT_READ = frozenset({"kube-proxy"})
+"""Tables that decide about Services by themselves, with hundreds of thousands of rules."""
+_MOST_SETS, _MOST_ELEMENTS = 256, 4096
+"""How many sets of a table are read, and how many elements one may have."""
+_ELEMENT_BYTES = 40
+"""About what an element takes."""
+
+
+def read_chains() -> Iterator[ForeignChain]:
+    """All chains; none where nftables cannot be read."""
+    found: list[tuple[int, ForeignChain]] = []
+    try:
+        with NetfilterSocket() as socket:
+            for payload in socket.dump(netfilter_message(_GET_CHAIN, 0, AF_UNSPEC, b"")):
+                try:
+                    table, chain = decode_chain(payload)
+                    number = family_of(payload)
+                except DecodeError:
+                    continue
+                if table == OUR_TABLE:
+                    continue
+                family, hook = _FAMILIES.get(number, "?"), chain.hook
+                forwards = hook is not None and hook.number == FORWARD and family in _FORWARDING
+                drops = hook is not None and hook.policy == _DROP
+                found.append((number, ForeignChain(family, table, chain.name, forwards, drops)))
+            tables = {(number, each.table) for number, each in found if each.forwards and each.table not in _NOT_READ}
+            rules = {table: _rules(socket, *table) for table in tables}
+    except OSError:
+        yield from (each for _, each in found)
+        return
+    for number, each in found:
+        held = rules.get((number, each.table))
+        yield each if held is None else each._replace(rules=tuple(held.get(each.name, ())))
+
+
+def _rules(netlink: NetfilterSocket, family: int, table: str) -> dict[str, list[ForeignRule]] | None:
+    """The rules of a table by chain; None: they could not be read."""
+    try:
+        payloads = netlink.dump(netfilter_message(_GET_RULE, 0, family, text(_TABLE, table)))
+        listed = [decode_rule(each)[1] for each in payloads]
+        sets = _sets(netlink, family, table, listed)
+    except (OSError, DecodeError):
+        return None
+    found: dict[str, list[ForeignRule]] = {}
+    for each in listed:
+        found.setdefault(each.chain, []).append(decode(each, sets))
+    return found
+
+
+def _sets(netlink: NetfilterSocket, family: int, table: str, listed: list[ListedRule]) -> Sets:
+    """What is in the sets that rules look into: those that stay as they are, and that are small."""
+    asked = {step.set for each in listed for step in each.rule.expressions if isinstance(step, Lookup)}
+    if not asked:
+        return {}
+    found: dict[str, tuple[tuple[bytes, bytes], ...]] = {}
+    for payload in netlink.dump(netfilter_message(_GET_SET, 0, family, text(_TABLE, table))):
+        spec = decode_set(payload)[1]
+        if spec.name not in asked or spec.flags & (EVALUATED | TIMEOUT) or spec.fields or len(found) == _MOST_SETS:
+            continue
+        if (elements := _elements(family, table, spec.name)) is not None:
+            found[spec.name] = members(decode_elements(elements), spec)
+    return found
+
+
+def _elements(family: int, table: str, name: str) -> list[bytes] | None:
+    """A set's elements as they come; None: they are too many, or could not be read."""
+    question = netfilter_message(_GET_ELEMENTS, 0, family, text(_TABLE, table) + text(_NAME, name))
+    found: list[bytes] = []
+    try:
+        # A socket of its own, as the rest of what is not wanted waits in it.
+        with NetfilterSocket() as own:
+            for data, spans in own.stream(question):
+                found += (data[start:end] for start, end in spans)
+                if sum(map(len, found)) > _MOST_ELEMENTS * _ELEMENT_BYTES:
+                    return None
+    except (OSError, DecodeError):
+        return None
+    return found
