@@ -79,6 +79,7 @@ def evidence(bundle: Bundle, asked: Asked) -> Evidence:
         local_addresses=frozenset(manifest.addresses),
         node_ips={family_of(each): each for each in manifest.node_ips},
         kernel=tables,
+        proxy=PROXY,
         surroundings=without_them(around) if around is not None else None,
         problems=tuple(problems),
     )

@@ -59,8 +59,7 @@ def causes_of(
     if not drifted:
         found += _of_the_rules(explanation, evidence, service, decisions)
     elif not isinstance(explanation.outcome, Reaches):
-        words = "the kernel does not hold what is wanted; the agent repairs that, unless its driftPolicy is report"
-        found.append(Cause(kind="drift", words=words, next="sluice verify"))
+        found.append(_drift(evidence.proxy))
     if evidence.surroundings is not None:
         own = evidence.cluster.view.node_name if evidence.cluster is not None else None
         here = {each.endpoint for each in decisions if own is not None and each.node == own}
@@ -70,6 +69,16 @@ def causes_of(
             node = unjudged(node)
         found += _of_the_node(explanation, node, here)
     return tuple(found)
+
+
+def _drift(proxy: str) -> Cause:
+    """Of our rules, or of those of another proxy."""
+    what = "the kernel does not hold what is wanted"
+    if proxy:
+        words = f"{what}: {proxy} is late, has ended, or somebody has changed its rules"
+        return Cause(kind="drift", words=words, next=f"sluice verify --of {proxy}")
+    words = f"{what}; the agent repairs that, unless its driftPolicy is report"
+    return Cause(kind="drift", words=words, next="sluice verify")
 
 
 def unjudged(node: Surroundings) -> Surroundings:

@@ -69,6 +69,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel holds, where it could be read and is of the node that is asked about."""
     surroundings: Surroundings | None = None
     """The rest of the node, when it is this one."""
+    proxy: str = ""
+    """Whose rules are explained; empty: ours."""
     problems: tuple[str, ...] = ()
     """What should be known beside the answer, one line each."""
     live: bool = False

@@ -119,6 +119,7 @@ def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
         words=f"{_title(readings)}, saved in {', '.join(where.files.rules)}",
         surroundings=None,
         live=False,
+        proxy=PROXY,
         local_addresses=frozenset(addresses),
         node_ips={**_first_of_each(addresses), **evidence.node_ips},
         cluster=as_held(cluster, readings, configured=where.configured),
@@ -157,6 +158,7 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
         kernel=tables,
         words=f"{_title(readings)} on this node",
         live=False,
+        proxy=PROXY,
         cluster=as_held(cluster, readings, configured=where.configured),
         problems=tuple(dict.fromkeys([*problems, *notes_of(readings, asked, cluster)])),
     )

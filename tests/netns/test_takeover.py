@@ -184,10 +184,8 @@ def test_explain_tells_beside_the_api_servers_objects_where_kube_proxys_rules_la
     with ApiFeed(clean, tmp_path) as feed:
         kubeconfig = ("--kubeconfig", feed.config["clientConnection"]["kubeconfig"])
 
-        def explained(*options: str) -> subprocess.CompletedProcess[str]:
-            return sluice(
-                clean, "explain", *options, *kubeconfig, "--hostname-override", "node1", "192.168.50.11:31080"
-            )
+        def explained(*options: str, target: str = "192.168.50.11:31080") -> subprocess.CompletedProcess[str]:
+            return sluice(clean, "explain", *options, *kubeconfig, "--hostname-override", "node1", target)
 
         feed.publish(before)
         done = explained()
@@ -197,6 +195,12 @@ def test_explain_tells_beside_the_api_servers_objects_where_kube_proxys_rules_la
         assert done.returncode == 0, done.stderr
         assert "What the kernel holds is NOT what is wanted here:" in done.stdout
         assert "*:31080/TCP: backend: wanted none, the kernel has 10.244.2.11:8080\n" in done.stdout
+        served = {**moved["metadata"], "name": "void-1", "labels": {"kubernetes.io/service-name": "void"}}
+        feed.publish([*before, {**moved, "metadata": served}])
+        done = explained(target="default/void")
+        assert done.returncode == 1, done.stderr
+        assert "kube-proxy is late, has ended, or somebody has changed its rules" in done.stdout
+        assert "sluice verify --of kube-proxy" in done.stdout
         done = explained("--watch")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "--watch: an API server is not listed again and again" in done.stderr
