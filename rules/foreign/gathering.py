@@ -3,13 +3,15 @@
 A decoder hands over, for every frontend, the steps in their order: each with a condition on the source, and either a
 mark for masquerade or a list of backends, where the connection ends.  Three sources tell all routes apart: a local pod,
 the node itself, and somebody elsewhere (TRF-4 to TRF-6).  What the three of them meet is compared with what a route of
-its kind says; where no route says it, that is damage.
+its kind says; where no route says it, that is damage.  The names of lists don't matter for that: there are but a few
+sequences of steps that differ otherwise, and each is judged once.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -103,11 +105,25 @@ class Item(msgspec.Struct):
     vague: bool = False
 
 
+_Shape = tuple[tuple[Conditions, int | None], ...]
+"""Steps in which the lists are numbers, in the order in which they come."""
+
+
 class _Way(NamedTuple):
     """What one source meets."""
 
-    to: str | None
+    to: int | None
     masqueraded: bool
+
+
+class _Verdict(NamedTuple):
+    """What steps come to."""
+
+    everywhere: int | None
+    """The list of everybody."""
+    here: int | None
+    """That of outsiders: the same one unless the policy is Local."""
+    faults: tuple[str, ...]
 
 
 class Gathering:
@@ -142,15 +158,16 @@ class Gathering:
             masquerade, untold = self._masquerade()
         node = msgspec.structs.replace(node, masquerade_all=masquerade[0], detector=masquerade[1])
         self._check_detectors(node.detector)
+        judge = functools.cache(functools.partial(_judge, node))
         routes = {}
         for frontend, item in self.items.items():
-            route, faults = self._route(frontend, item, node)
+            route, faults = self._route(frontend, item, judge)
             if fault := check_route(self.family, frontend, route):
                 self.damage.add(f"the rules for {frontend} make no sense: {fault}")
                 continue
             routes[frontend] = route
-            name = f"{frontend} ({item.label})" if item.label else str(frontend)
-            self.damage.update(f"{name}: {fault}" for fault in faults)
+            for fault in faults:
+                self.damage.add(f"{frontend} ({item.label}): {fault}" if item.label else f"{frontend}: {fault}")
         table = ForwardingTable(
             family=self.family,
             node=node,
@@ -188,15 +205,17 @@ class Gathering:
 
     # --- one route -----------------------------------------------------------------------------------------------
 
-    def _route(self, frontend: Frontend, item: Item, node: NodeFacts) -> tuple[Route, list[str]]:
-        ways = {origin: _way(item.steps, origin) for origin in Origin}
-        internal = item.kind is Kind.CLUSTER_IP
-        everywhere, here, faults = _lists(ways, internal=internal, detector=node.detector)
-        faults += _masquerade_faults(ways, node, internal=internal, local=everywhere != here)
-        picks = self._picks(everywhere, frontend, faults)
+    def _route(
+        self, frontend: Frontend, item: Item, judge: Callable[[_Shape, bool], _Verdict]
+    ) -> tuple[Route, list[str]]:
+        lists = list(dict.fromkeys(step.to for step in item.steps if step.to is not None))
+        shape = tuple((conditions, None if to is None else lists.index(to)) for conditions, to in item.steps)
+        everywhere, here, found = judge(shape, item.kind is Kind.CLUSTER_IP)
+        faults = list(found)
+        picks = self._picks(None if everywhere is None else lists[everywhere], frontend, faults)
         local = picks
         if everywhere != here:
-            local = self._picks(here, frontend, faults)
+            local = self._picks(None if here is None else lists[here], frontend, faults)
             if local.backends and local.affinity != picks.affinity:
                 faults.append("affinity is not the same for all clients")
         empty = not (picks.backends and local.backends)
@@ -213,7 +232,7 @@ class Gathering:
             local_backends=local.backends if everywhere != here and picks.backends else None,
             refusal=refusal,
             affinity=picks.affinity if picks.backends else 0,
-            source_ranges=merge_prefixes(item.ranges),
+            source_ranges=merge_prefixes(item.ranges) if item.ranges else (),
             label=item.label,
         ), faults
 
@@ -246,9 +265,16 @@ def _short_circuits(item: Item) -> bool:
     return any(NODE in step.conditions for step in item.steps)
 
 
-def _way(steps: Sequence[Step], origin: Origin) -> _Way:
+def _judge(node: NodeFacts, shape: _Shape, internal: bool) -> _Verdict:
+    ways = {origin: _way(shape, origin) for origin in Origin}
+    everywhere, here, faults = _lists(ways, internal=internal, detector=node.detector)
+    faults += _masquerade_faults(ways, node, internal=internal, local=everywhere != here)
+    return _Verdict(everywhere, here, tuple(faults))
+
+
+def _way(shape: _Shape, origin: Origin) -> _Way:
     masqueraded = False
-    for conditions, to in steps:
+    for conditions, to in shape:
         if all(each.admits(origin) for each in conditions):
             if to is not None:
                 return _Way(to, masqueraded)
@@ -258,8 +284,8 @@ def _way(steps: Sequence[Step], origin: Origin) -> _Way:
 
 def _lists(
     ways: Mapping[Origin, _Way], *, internal: bool, detector: Detector | None
-) -> tuple[str | None, str | None, list[str]]:
-    """The list of everybody, that of outsiders (the same one unless the policy is Local), and what is wrong."""
+) -> tuple[int | None, int | None, list[str]]:
+    """The list of everybody, that of outsiders, and what is wrong."""
     pod, node, here = (ways[each].to for each in (Origin.LOCAL_POD, Origin.NODE, Origin.ELSEWHERE))
     if detector is None:
         pod = here  # nobody counts as a local pod

@@ -1,20 +1,22 @@
 """The chains that kube-proxy's iptables mode makes for one Service: lists, entries, endpoints (IPT-4).  Pure.
 
 A chain is read once, whichever frontends lead to it: what it does is a sequence of steps, and perhaps a list to pick
-from at its end.
+from at its end.  The chains of endpoints and the picks at the end of lists are most of all rules and nearly all alike:
+where they are to the letter what kube-proxy of today prints, one pattern reads them as a whole.  Everything else is
+read rule by rule, by what the rules ask for, which comes to the same.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import inet_pton
 from typing import NamedTuple
 
 import msgspec
 
 from rules.foreign.gathering import NODE, Condition, Conditions, Picks, parse_port
-from rules.foreign.saved import Chains, Options, SavedRule
+from rules.foreign.saved import COMMENT, RULE, Chains, Options, SavedRule, rules_of
 from rules.forwarding import (
     Backend,
     Detector,
@@ -37,9 +39,22 @@ OWN = (SEP, SVC, SVL, EXT, XLB, FW)
 """Chains of one Service each; XLB is what EXT was called before 1.24."""
 LOOPBACK = parse_prefix("127.0.0.0/8")
 
+_PROTOCOLS = {each.name.lower(): each for each in Protocol}
 _RECENT = frozenset({"--mask", "--rsource"})
 _TOLERANCE = 2e-9
 """iptables keeps a probability as a 31-bit fraction, and kube-proxy prints ten decimals (IPT-21)."""
+_USUAL_ENDPOINT = {
+    family: re.compile(
+        rf"{RULE} -s ([0-9a-f.:]+)/{family.address_bytes * 8}{COMMENT} -j {MARK_MASQ}"
+        rf"{RULE} -p (tcp|udp|sctp){COMMENT} -m \2 -j DNAT --to-destination (?:\1|\[\1\]):([0-9]{{1,5}})"
+    )
+    for family in Family
+}
+"""A whole chain without affinity: address, protocol and port (IPT-17)."""
+_USUAL_PICK = re.compile(
+    rf"{RULE}{COMMENT}(?: -m statistic --mode random --probability ([0-9.]+))? -j ({SEP}[0-9A-Z]+)(?=\n|\Z)"
+)
+"""A rule that picks an endpoint, of a list without affinity: probability and chain (IPT-20)."""
 _BACKEND = re.compile(r"\[?([^\s\]]+)\]?:(\d{1,5})")
 
 
@@ -53,6 +68,10 @@ class Way(NamedTuple):
     """The one that it is for; None: all that lead here."""
     to: str | None
     """A chain, or None for the mark."""
+
+
+Pick = tuple[str, str]
+"""A rule of a list: its probability as it was printed, empty where it takes all that gets there; and a chain."""
 
 
 class Entry(msgspec.Struct):
@@ -80,9 +99,13 @@ class ServiceChains:
     def __init__(self, chains: Chains, family: Family, complain: Callable[[str], None]) -> None:
         self._chains = chains
         self._family = family
+        self._af = family.af
+        self._usual = _USUAL_ENDPOINT[family]
         self._complain = complain
         self._prefixes: dict[str, Prefix] = {}
         """Networks that were read before: the same ones stand in the chains of all Services."""
+        self._imbalances: dict[tuple[str, ...], str] = {}
+        """What is wrong with chances: as many picks as they may be, they are the same in all lists of that length."""
         self._entries: dict[str, Entry | None] = {}
         self._served: dict[str, _Served | None] = {}
         self.hairpins: set[Endpoint] = set()
@@ -92,17 +115,13 @@ class ServiceChains:
     @property
     def unserved(self) -> list[str]:
         """Chains that nobody asked for."""
-        return sorted(
-            name
-            for name in self._chains
-            if name.startswith(OWN) and name not in self._entries and name not in self._served
-        )
+        others = self._chains.keys() - self._entries.keys() - self._served.keys()
+        return sorted(name for name in others if name.startswith(OWN))
 
     def entry(self, name: str) -> Entry | None:
         """What a chain does; None: it is not there."""
         if name not in self._entries:
-            rules = self._chains.get(name)
-            self._entries[name] = None if rules is None else self._read(name, rules)
+            self._entries[name] = self._read(name) if name in self._chains else None
         return self._entries[name]
 
     def frontend(self, options: Options, *, node_port: bool = False) -> Frontend | None:
@@ -139,18 +158,19 @@ class ServiceChains:
 
     def _host(self, text: str) -> bytes:
         address, _, length = text.partition("/")
-        packed = inet_pton(self._family.af, address)
+        packed = inet_pton(self._af, address)
         if length and length != str(len(packed) * 8):
             raise ValueError(text)
         return packed
 
     # --- entries and lists ---------------------------------------------------------------------------------------
 
-    def _read(self, name: str, rules: list[SavedRule]) -> Entry:
+    def _read(self, name: str) -> Entry:
         entry = Entry([])
-        chances: list[tuple[str, str | None]] = []
+        before, usual = _usual_picks(self._chains.text(name))
+        chances: list[Pick] = []
         clients: dict[str, str] = {}
-        for rule in rules:
+        for rule in rules_of(before) if usual else self._chains[name]:
             target = rule.target
             if target.startswith(SEP):
                 self._read_pick(name, rule, chances, clients)
@@ -160,6 +180,7 @@ class ServiceChains:
                 entry.drops = True
             elif rule.options and not self._read_way(name, rule, entry):
                 self._complain(f"{name} has a rule that is not understood: {rule.text}")
+        chances += usual
         if chances or clients or name.startswith((SVC, SVL)):
             entry.picks = self._picks(name, chances, clients)
         return entry
@@ -187,9 +208,7 @@ class ServiceChains:
         entry.ways.append(Way(conditions, source, frontend, None if target == MARK_MASQ else target))
         return True
 
-    def _read_pick(
-        self, name: str, rule: SavedRule, chances: list[tuple[str, str | None]], clients: dict[str, str]
-    ) -> None:
+    def _read_pick(self, name: str, rule: SavedRule, chances: list[Pick], clients: dict[str, str]) -> None:
         options = dict(rule.options)
         target = options.pop("-j")
         if "--rcheck" in options:
@@ -202,26 +221,26 @@ class ServiceChains:
                 clients[target] = asked["--seconds"]
                 return
         elif not options:
-            chances.append((target, None))
+            chances.append(("", target))
             return
         elif options.keys() == {"--mode", "--probability"} and options["--mode"] == "random":
-            chances.append((target, options["--probability"]))
+            chances.append((options["--probability"] or "?", target))
             return
         self._complain(f"{name} has a rule that is not understood: {rule.text}")
 
-    def _picks(self, name: str, chances: list[tuple[str, str | None]], clients: dict[str, str]) -> Picks:
-        served = [each for target, _ in chances if (each := self._endpoint(target)) is not None]
+    def _picks(self, name: str, chances: list[Pick], clients: dict[str, str]) -> Picks:
+        served = [each for _, target in chances if (each := self._endpoint(target)) is not None]
         endpoints = {each.endpoint for each in served}
         backends = frozenset(Backend(each.address, each.port) for each in endpoints)
-        if fault := _imbalance([chance for _, chance in chances]):
+        if fault := self._imbalance(tuple(chance for chance, _ in chances)):
             self._complain(f"{name} does not share its connections evenly: {fault}")
         elif len(endpoints) < len(served):
             self._complain(f"{name} has an endpoint more than once, and so does not share its connections evenly")
         if len(served) < len(chances):
-            for target, _ in chances:
+            for _, target in chances:
                 if self._endpoint(target) is None:
                     self._complain(f"{name} leads to {target}, which leads nowhere")
-        if clients and clients.keys() != {target for target, _ in chances}:
+        if clients and clients.keys() != {target for _, target in chances}:
             self._complain(f"{name} does not remember the clients of all its endpoints")
         timeouts = set(map(int, clients.values()))
         if len(timeouts) > 1:
@@ -229,18 +248,37 @@ class ServiceChains:
         self.endpoints += len(endpoints)
         return Picks(backends, max(timeouts, default=0), frozenset(each.protocol for each in endpoints))
 
+    def _imbalance(self, chances: tuple[str, ...]) -> str:
+        fault = self._imbalances.get(chances)
+        if fault is None:
+            fault = self._imbalances[chances] = _imbalance(chances)
+        return fault
+
     # --- endpoints -----------------------------------------------------------------------------------------------
 
     def _endpoint(self, name: str) -> _Served | None:
         if name not in self._served:
-            rules = self._chains.get(name)
-            served = None if rules is None else self._read_endpoint(name, rules)
+            served = self._usual_endpoint(self._chains.text(name))
+            if served is None and name in self._chains:
+                served = self._read_endpoint(name, self._chains[name])
             self._served[name] = served
             if served is not None and served.hairpin:
                 self.hairpins.add(served.endpoint)
         return self._served[name]
 
-    def _read_endpoint(self, name: str, rules: list[SavedRule]) -> _Served | None:
+    def _usual_endpoint(self, text: str) -> _Served | None:
+        """What a chain is that looks as usual; None: it does not, or it makes no sense."""
+        hit = self._usual.fullmatch(text)
+        if hit is None:
+            return None
+        address, protocol, port = hit.groups()
+        try:
+            endpoint = Endpoint(inet_pton(self._af, address), _PROTOCOLS[protocol], parse_port(port))
+        except (ValueError, OSError):
+            return None
+        return _Served(endpoint, hairpin=True, recent="")
+
+    def _read_endpoint(self, name: str, rules: Sequence[SavedRule]) -> _Served | None:
         endpoint: Endpoint | None = None
         marked: set[bytes] = set()
         recent = ""
@@ -277,7 +315,7 @@ class ServiceChains:
             protocol = Protocol[options.pop("-p", "").upper()]
             if hit is None or options:
                 return None
-            return Endpoint(inet_pton(self._family.af, hit[1]), protocol, parse_port(hit[2])), recent
+            return Endpoint(inet_pton(self._af, hit[1]), protocol, parse_port(hit[2])), recent
         except (KeyError, ValueError, OSError):
             return None
 
@@ -286,16 +324,27 @@ def _interface(text: str) -> Detector:
     return InputInterfacePrefix(text[:-1]) if text.endswith("+") else InputInterface(text)
 
 
-def _imbalance(chances: list[str | None]) -> str:
+def _usual_picks(text: str) -> tuple[str, list[Pick]]:
+    """A chain's rules before those that pick an endpoint, and these; no picks: it is not as usual."""
+    first = _USUAL_PICK.search(text)
+    if first is None:
+        return text, []
+    before, found = text[: first.start()], _USUAL_PICK.findall(text, first.start())
+    if SEP in before or len(found) != text.count("\n", first.start()):
+        return text, []
+    return before, found
+
+
+def _imbalance(chances: Sequence[str]) -> str:
     """What is wrong with the chances of a cascade, of which each is asked once those before it said no (TRF-3)."""
     left = len(chances)
     for number, text in enumerate(chances):
         wanted = 1 / (left - number)
         try:
-            chance = 1.0 if text is None else float(text)
+            chance = float(text) if text else 1.0
         except ValueError:
             return f"{text} is no probability"
-        if text is None and number < left - 1:
+        if not text and number < left - 1:
             return f"nothing gets past the pick number {number + 1} of {left}"
         if not abs(chance - wanted) <= _TOLERANCE + wanted * 1e-6:
             return f"pick number {number + 1} of {left} takes {chance:.4f} of what gets there, and not {wanted:.4f}"

@@ -74,9 +74,9 @@ def check_jumps(jumps: Iterable[Jump], nat: Chains, filters: Chains, complain: C
     there = {
         (table, chain, rule.target): rule.options
         for table, chains in ((NAT, nat), (FILTER, filters))
-        for chain, rules in chains.items()
+        for chain in chains
         if not chain.startswith(PREFIX)
-        for rule in rules
+        for rule in chains[chain]
     }
     for jump in jumps:
         chains = nat if jump.table == NAT else filters

@@ -253,7 +253,7 @@ class _Reader:
             options = {name: value for name, value in rule.options.items() if name != "-j"}
             what = options.pop("--match-set").partition(" ")[2]
             try:
-                conditions, _ = ServiceChains({}, self._family, self._complain).conditions(options)
+                conditions, _ = ServiceChains(Chains({}), self._family, self._complain).conditions(options)
             except ValueError:
                 self._complain(strange(SERVICES, rule))
                 continue

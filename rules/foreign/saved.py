@@ -1,13 +1,15 @@
 """What iptables-save and ip6tables-save print, as far as kube-proxy's chains go.
 
-A file may hold both families, counters (`-c`), and tables of others; it may be cut off.  A rule is held as its options,
-so that neither the order in which a version prints them nor implied matches (`-m tcp`) matter.
+A file may hold both families, counters (`-c`), and tables of others; it may be cut off.  A text is cut into tables, and
+a table into its chains.  Rules are made out where somebody asks for them: ten thousand Services have 140,000, of which
+most stand in chains that can be read as a whole (`iptables_chains`).  A rule is held as its options, so that neither
+the order in which a version prints them nor implied matches (`-m tcp`) matter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -18,8 +20,19 @@ from rules.iptables.text import FILTER, NAT, TABLES, split_comment
 
 PREFIX = "KUBE-"
 
-_DECLARED = f":{PREFIX}"
-_COUNTERS = re.compile(r"\[\d+:\d+\] ")
+_COUNTERS = r"\[\d+:\d+\] "
+"""What iptables-save -c prints before a rule."""
+RULE = rf"\n(?:{_COUNTERS})?-A \S+"
+"""How a rule begins in a chain's text, for patterns of whole chains."""
+COMMENT = r'(?: -m comment --comment "[^"\\\n]*")?'
+"""A comment in which nothing is escaped, for these; rules of many endpoints have none (IPT-25)."""
+
+_HEAD = re.compile(r"\n[^\S\n]*(?:\*(?P<table>.*)|(?P<end>COMMIT)[^\S\n]*(?=\n|\Z)|#(?P<note>.*))")
+_DECLARED = re.compile(rf"\n[^\S\n]*:({PREFIX}\S*)")
+_APPENDED = rf"\n[^\S\n]*(?:{_COUNTERS})?-A "
+_CHAIN = re.compile(rf"{_APPENDED}(\S*).*+(?:{_APPENDED}\1(?!\S).*+)*+")
+"""Rules of one chain that stand together."""
+_COUNTED = re.compile(_COUNTERS)
 _SIX = re.compile(r" (?:-[sd] [0-9a-f]*:[0-9a-f:.]*/|--to-destination \[|--reject-with icmp6-)")
 _FOUR = re.compile(r" (?:-[sd] \d+\.\d+\.\d+\.\d+|--to-destination \d+\.|--reject-with icmp-)")
 
@@ -30,13 +43,13 @@ _UNUSUAL = re.compile(
 """What versions of iptables-save spell in several ways; in the many rules of Services there is nothing of it."""
 
 _USUAL = re.compile(
-    r"-A (?P<name>KUBE-\S+)(?: (?P<not>! )?-s (?P<source>[0-9a-f:.]+(?:/\d{1,3})?))?"
-    r"(?: -d (?P<to>[0-9a-f:.]+(?:/\d{1,3})?))?(?: -p (?P<protocol>[a-z]+))?"
-    r' -m comment --comment "(?P<comment>[^"\\]*)"(?P<rest>(?: -m (?:tcp|udp|sctp))?(?: --dport (?P<port>\d+))?'
+    r"-A KUBE-\S+(?P<matches>(?: (?P<not>! )?-s (?P<source>[0-9a-f:.]+(?:/\d{1,3})?))?"
+    r"(?: -d (?P<to>[0-9a-f:.]+(?:/\d{1,3})?))?(?: -p (?P<protocol>[a-z]+))?)"
+    r'(?: -m comment --comment "(?P<comment>[^"\\]*)")?(?P<rest>(?: -m (?:tcp|udp|sctp))?(?: --dport (?P<port>\d+))?'
     r"(?: -m statistic --mode random --probability (?P<chance>[\d.]+))?"
     r" -j (?P<target>[A-Z][-0-9A-Z]*)(?: --to-destination (?P<backend>[][0-9a-f:.]+))?)"
 )
-"""Nearly all rules of Services, as versions of today print them; ten thousand Services have 140,000 of these."""
+"""Nearly all rules of Services, as versions of today print them."""
 
 Options = dict[str, str]
 """What a rule asks for and does: options with their values, `!` before one that is negated; `-m` are left out."""
@@ -55,7 +68,32 @@ class SavedRule(NamedTuple):
         return self.options.get("-j", "")
 
 
-Chains = dict[str, list[SavedRule]]
+class Chains(Mapping[str, Sequence[SavedRule]]):
+    """Chains of one table, by name."""
+
+    def __init__(self, texts: Mapping[str, Sequence[str]]) -> None:
+        """Args: texts: each chain's, in pieces; before each rule stands the end of a line."""
+        self._texts = texts
+        self._rules: dict[str, Sequence[SavedRule]] = {}
+
+    def text(self, name: str) -> str:
+        """A chain as it was printed; empty if it has no rules, or is not there."""
+        return "".join(self._texts.get(name, ()))
+
+    def __getitem__(self, name: str) -> Sequence[SavedRule]:
+        rules = self._rules.get(name)
+        if rules is None:
+            rules = self._rules[name] = rules_of("".join(self._texts[name]))
+        return rules
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._texts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
 
 
 class SavedFamily(msgspec.Struct):
@@ -107,7 +145,7 @@ def split(text: str) -> list[SavedFamily]:
     for each in found.values():
         each.faults += (f"there is no table {table}" for table in TABLES if table not in each.chains)
         for table in (FILTER, NAT):
-            each.chains.setdefault(table, {})
+            each.chains.setdefault(table, Chains({}))
     return list(found.values())
 
 
@@ -135,12 +173,33 @@ def options_of(text: str) -> Options:
     return options
 
 
-def _usual(line: str) -> tuple[str, SavedRule] | None:
-    """The chain and the rule of a line that is one of the usual ones; None: it is to be read word by word."""
+def rules_of(text: str) -> list[SavedRule]:
+    """The rules in a chain's text."""
+    return [rule for line in text.split("\n") if (rule := _rule(line.strip())) is not None]
+
+
+def _rule(line: str) -> SavedRule | None:
+    if line.startswith("["):
+        line = _COUNTED.sub("", line, count=1)
+    if not line.startswith("-A "):
+        return None
+    return _usual(line) or _any(line)
+
+
+def _any(line: str) -> SavedRule:
+    """A rule that is read word by word."""
+    words, comment = split_comment(line[3:].partition(" ")[2])
+    if _UNUSUAL.search(words):
+        words = respell(words)
+    return SavedRule(options_of(words), comment, words)
+
+
+def _usual(line: str) -> SavedRule | None:
+    """A rule that is one of the usual ones; None: it is to be read word by word."""
     hit = _USUAL.fullmatch(line)
     if hit is None:
         return None
-    name, negation, source, to, protocol, comment, rest, port, chance, target, backend = hit.groups()
+    matches, negation, source, to, protocol, comment, rest, port, chance, target, backend = hit.groups()
     options = {"-j": target}
     if source is not None:
         options["-s" if negation is None else "!-s"] = source
@@ -154,73 +213,51 @@ def _usual(line: str) -> tuple[str, SavedRule] | None:
         options["--mode"], options["--probability"] = "random", chance
     if backend is not None:
         options["--to-destination"] = backend
-    # From behind the chain's name to the comment, and on from its end.
-    words = line[hit.end("name") + 1 : hit.start("comment") - len(_COMMENTED)]
-    return name, SavedRule(options, comment, f"{words}{rest}" if words else rest[1:])
+    return SavedRule(options, comment or "", f"{matches}{rest}"[1:])
 
 
-_COMMENTED = ' -m comment --comment "'
+# --- tables ----------------------------------------------------------------------------------------------------
 
 
 def _blocks(text: str) -> Iterator[_Block]:
+    text = f"\n{text}"
     heading: Family | None = None
-    block: _Open | None = None
-    for line in map(str.strip, text.split("\n")):
-        if block is not None and line[:3] == "-A ":
-            block.add(line)
-        elif line.startswith("#"):
-            if "Generated by " in line:
-                heading = Family.IPV6 if "ip6tables" in line else Family.IPV4
-        elif line.startswith("*") or line == "COMMIT":
-            if block is not None:
-                yield block.closed(complete=line == "COMMIT")
-            block = None if line == "COMMIT" else _Open(line[1:].strip(), heading)
-        elif block is not None:
-            block.add(line)
-    if block is not None:
-        yield block.closed(complete=False)
+    table: str | None = None
+    family, begin = heading, 0
+    for hit in _HEAD.finditer(text):
+        if (note := hit["note"]) is not None:
+            if "Generated by " in note:
+                heading = Family.IPV6 if "ip6tables" in note else Family.IPV4
+            continue
+        if table is not None:
+            yield _block(table, family, text[begin : hit.start()], complete=hit["end"] is not None)
+        table = None if hit["end"] else hit["table"].strip()
+        family, begin = heading, hit.end()
+    if table is not None:
+        yield _block(table, family, text[begin:], complete=False)
 
 
-class _Open:
-    """A table of which the end has not come yet."""
+def _block(table: str, family: Family | None, body: str, *, complete: bool) -> _Block:
+    if table not in TABLES or PREFIX not in body:
+        return _Block(table, family, Chains({}), complete)
+    texts: dict[str, list[str]] = {name: [] for name in _DECLARED.findall(body)}
+    for hit in _CHAIN.finditer(body):
+        name, text = hit[1], hit[0]
+        if name.startswith(PREFIX):
+            texts.setdefault(name, []).append(text)
+        elif PREFIX in text:
+            for line in text.split("\n"):
+                if PREFIX in line and any(rule.target.startswith(PREFIX) for rule in rules_of(line)):
+                    texts.setdefault(name, []).append(f"\n{line}")
+    return _Block(table, family or _family_of(body), Chains(texts), complete)
 
-    def __init__(self, table: str, heading: Family | None) -> None:
-        self._table = table
-        self._read = table in TABLES
-        self._heading = heading
-        self._seen: Family | None = None
-        self.chains: Chains = {}
 
-    def add(self, line: str) -> None:
-        """Take a chain or a rule, if it has to do with kube-proxy."""
-        if not self._read or PREFIX not in line:
-            return
-        if line[0] == "[":
-            line = _COUNTERS.sub("", line, count=1)  # what iptables-save -c prints before a rule
-        if not line.startswith("-A "):
-            if line.startswith(_DECLARED):
-                self.chains.setdefault(line[1:].partition(" ")[0], [])
-            return
-        if (usual := _usual(line)) is not None:
-            name, rule = usual
-            self.chains.setdefault(name, []).append(rule)
-            self._see(rule.text)
-            return
-        name, _, rest = line[3:].partition(" ")
-        words, comment = split_comment(rest)
-        if _UNUSUAL.search(words):
-            words = respell(words)
-        options = options_of(words)
-        if name.startswith(PREFIX) or options.get("-j", "").startswith(PREFIX):
-            self.chains.setdefault(name, []).append(SavedRule(options, comment, words))
-        self._see(rest)
-
-    def _see(self, rest: str) -> None:
-        """Tell the family by the addresses in a rule, where nothing told it yet."""
-        if self._heading is None and self._seen is None:
-            for family, addresses in ((Family.IPV6, _SIX), (Family.IPV4, _FOUR)):
-                if self._seen is None and addresses.search(f" {rest}"):
-                    self._seen = family
-
-    def closed(self, *, complete: bool) -> _Block:
-        return _Block(self._table, self._heading or self._seen, self.chains, complete)
+def _family_of(body: str) -> Family | None:
+    """The family by the first addresses in rules, where no heading tells it."""
+    for line in body.split("\n"):
+        if PREFIX not in line or "-A " not in line:
+            continue
+        for family, addresses in ((Family.IPV6, _SIX), (Family.IPV4, _FOUR)):
+            if addresses.search(line):
+                return family
+    return None
