@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from proxy.bundle_checking import check
 from proxy.explain.surroundings import Surroundings
 from proxy.report import Status
 from rules.dataplane import Capabilities
@@ -171,13 +172,15 @@ def read(name: str) -> Bundle:
         around = None
         if "surroundings.json" in found:
             around = msgspec.json.decode(found["surroundings.json"], type=Surroundings)
+        check(manifest, tables, flows.flows if flows is not None else (), around)
         listed = msgspec.json.decode(found["objects.json"], type=dict[str, Any]) if "objects.json" in found else {}
     except KeyError as error:
         raise BundleError(f"{name}: it is no bundle of sluice: it has no {error.args[0]}") from None
     except TypeError:  # tarfile's own, where the header of gzip has no end
         raise BundleError(f"{name}: it cannot be read: it ends too early") from None
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
-        raise BundleError(f"{name}: it cannot be read: {' '.join(str(error).split())}") from None
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise BundleError(f"{name}: it cannot be read: {why}") from None
     items = listed.get("items", [])
     return Bundle(
         name,

@@ -21,6 +21,7 @@ _NEW_ROUTE, _GET_ROUTE = 24, 26
 _ADDRESS_HEADER = struct.Struct("=BBBBI")
 _ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_DEPRECATED = 0x20
 _RTA_DESTINATION, _RTA_INTERFACE, _RTA_GATEWAY, _RTA_SOURCE = 1, 4, 5, 7
 _CODE = struct.Struct("=i")
 _NOWHERE = {
@@ -45,15 +46,21 @@ class Way(NamedTuple):
 
 
 def own_addresses() -> list[Address]:
-    """The addresses of all interfaces, in the kernel's order; none where they cannot be read."""
-    found = []
-    for payload in _ask(_GET_ADDRESS, DUMP, _ADDRESS_HEADER.pack(0, 0, 0, 0, 0), _NEW_ADDRESS):
-        values = attributes(payload[_ADDRESS_HEADER.size :])
-        # A point-to-point address has its own end in IFA_LOCAL.
-        address = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS, b"")
-        if len(address) in (4, 16):
-            found.append(address)
-    return found
+    """The addresses of all interfaces; none where they cannot be read.
+
+    In the kernel's order, but those last that it does not choose as a source of its own accord.
+    """
+    found: list[Address] = []
+    deprecated: list[Address] = []
+    with contextlib.suppress(DecodeError):
+        for payload in _ask(_GET_ADDRESS, DUMP, _ADDRESS_HEADER.pack(0, 0, 0, 0, 0), _NEW_ADDRESS):
+            values = attributes(payload[_ADDRESS_HEADER.size :])
+            # A point-to-point address has its own end in IFA_LOCAL.
+            address = _address(values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS))
+            if address is not None:
+                flags = _ADDRESS_HEADER.unpack_from(payload)[2]
+                (deprecated if flags & _DEPRECATED else found).append(address)
+    return found + deprecated
 
 
 def way_to(address: Address) -> Way | None:
@@ -68,7 +75,7 @@ def ways_to(addresses: Iterable[Address]) -> tuple[dict[Address, Way], dict[Addr
     """
     ways: dict[Address, Way] = {}
     nowhere: dict[Address, str] = {}
-    with contextlib.suppress(OSError, DecodeError), _netlink() as netlink:
+    with contextlib.suppress(OSError, DecodeError, struct.error), _netlink() as netlink:
         for address in dict.fromkeys(addresses):
             header = _ROUTE_HEADER.pack(family_of(address).af, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
             question = header + attribute(_RTA_DESTINATION, address)
@@ -79,10 +86,14 @@ def ways_to(addresses: Iterable[Address]) -> tuple[dict[Address, Way], dict[Addr
                     name = ""
                     with contextlib.suppress(OSError, struct.error):
                         name = socket.if_indextoname(U32.unpack(values.get(_RTA_INTERFACE, b""))[0])
-                    ways[address] = Way(name, values.get(_RTA_SOURCE), values.get(_RTA_GATEWAY))
+                    ways[address] = Way(name, _address(values.get(_RTA_SOURCE)), _address(values.get(_RTA_GATEWAY)))
                 elif each.kind == _ERROR and (code := -_CODE.unpack_from(each.payload)[0]) in _NOWHERE:
                     nowhere[address] = _NOWHERE[code]
     return ways, nowhere
+
+
+def _address(value: bytes | None) -> Address | None:
+    return value if value is not None and len(value) in (4, 16) else None
 
 
 def _ask(kind: int, flags: int, payload: bytes, answer: int) -> Iterator[bytes]:

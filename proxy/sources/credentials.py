@@ -169,14 +169,22 @@ def accept(answer: bytes, status: int | None = 0) -> Credentials:
 
 
 def _check(credentials: Credentials) -> None:
-    url = urllib.parse.urlsplit(credentials.server)
-    if url.scheme not in {"http", "https"} or not url.hostname:
+    if not _is_address(credentials.server):
         raise CredentialsError(f"server {credentials.server!r}: not an http or https address")
-    if credentials.proxy_url and urllib.parse.urlsplit(credentials.proxy_url).scheme not in {"http", "https"}:
+    if credentials.proxy_url and not _is_address(credentials.proxy_url):
         raise CredentialsError(f"{credentials.server}: its proxy is neither an http nor an https address")
     if not credentials.authorization.isprintable():
         raise CredentialsError(f"{credentials.server}: the token holds characters that no token has")
     credentials.ssl_context()
+
+
+def _is_address(text: str) -> bool:
+    """Whether a server can be asked there."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        return url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+    except ValueError:  # a host in half a pair of brackets, a port that is none
+        return False
 
 
 class Keyring:

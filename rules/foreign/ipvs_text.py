@@ -56,8 +56,7 @@ def parse(lines: Iterable[str]) -> tuple[dict[Key, Held], list[str]]:
     reader = _Reader()
     for line in lines:
         reader.read(line.rstrip())
-    found = {key: Held(server, reader.reals[key], key in reader.direct) for key, server in reader.servers.items()}
-    return found, reader.faults
+    return {key: _held(server, reader.reals[key]) for key, server in reader.servers.items()}, reader.faults
 
 
 def lines(servers: Mapping[Key, Held]) -> Iterator[str]:
@@ -73,13 +72,16 @@ def lines(servers: Mapping[Key, Held]) -> Iterator[str]:
             yield f"-a {where} -r {format_host(target.address)}:{target.port} {method} -w {real.weight}"
 
 
+def _held(server: VirtualServer, reals: Mapping[Target, Real]) -> Held:
+    return Held(server, reals, any(not each.masquerading for each in reals.values()))
+
+
 class _Reader:
     """Takes line after line."""
 
     def __init__(self) -> None:
         self.servers: dict[Key, VirtualServer] = {}
         self.reals: dict[Key, dict[Target, Real]] = {}
-        self.direct: set[Key] = set()
         self.faults: list[str] = []
         self._keys: dict[str, Key] = {}
         """Of services that were made, as they stand in the text."""
@@ -172,8 +174,6 @@ class _Reader:
         if not 0 <= weight < 1 << 31:
             raise ValueError(weight)
         self.reals[key][target] = Real(weight, masquerading=masquerading)
-        if not masquerading:
-            self.direct.add(key)
 
 
 def _options(words: list[str]) -> dict[str, str]:

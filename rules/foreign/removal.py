@@ -169,7 +169,7 @@ def _tables(saved: str) -> Iterator[tuple[str, list[str], list[tuple[str, str]]]
     name = ""
     chains: list[str] = []
     rules: list[tuple[str, str]] = []
-    for line in saved.splitlines():
+    for line in saved.split("\n"):  # as iptables-save ends them: a comment may hold what others break lines by
         if line.startswith("*"):
             name, chains, rules = line[1:].strip(), [], []
         elif line.startswith(f":{_PREFIX}"):

@@ -153,7 +153,7 @@ class Device(Closing):
                     continue
                 values = attributes(payload[_ADDRESS_HEADER.size :])
                 address = values.get(_LOCAL) or values.get(_ADDRESS, b"")
-                if not _is_link_local(address):
+                if len(address) == family.address_bytes and not _is_link_local(address):
                     yield address
         except (OSError, DecodeError, struct.error) as error:
             raise DataplaneError(f"the interfaces' addresses could not be read: {error}") from None

@@ -94,7 +94,7 @@ class NftablesDataplane:
             raise UnavailableError(_why_unavailable(error)) from None
         try:
             self._socket.generation()
-        except OSError as error:
+        except (OSError, DecodeError) as error:
             self._socket.close()
             raise UnavailableError(_why_unavailable(error)) from None
 
@@ -377,7 +377,9 @@ def _held(snapshot: Snapshot, *, everything: bool) -> Needs:
     )
 
 
-def _why_unavailable(error: OSError) -> str:
+def _why_unavailable(error: OSError | DecodeError) -> str:
+    if isinstance(error, DecodeError):
+        return f"nftables cannot be used, as its answers make no sense: {error}"
     if error.errno in (errno.EPERM, errno.EACCES):
         return "nftables needs the capability CAP_NET_ADMIN: run sluice as root"
     if error.errno in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EINVAL, errno.EOPNOTSUPP):

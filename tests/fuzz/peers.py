@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import os
+import random
 import tarfile
 from typing import Any
 
@@ -17,13 +18,15 @@ import msgspec
 from proxy import agent_socket, bundle_reading, interfaces
 from proxy.config import document
 from proxy.config.errors import ConfigError
-from proxy.explain import legacy
+from proxy.config.load import load
 from proxy.report import EndpointReport, Status, Trouble
 from proxy.serving import agent_server
 from proxy.serving import messages as http
 from proxy.sources.yaml_json import YamlError, outlined, to_json
 from proxy.sources.yaml_pieces import Made, cut, joined
-from proxy.userspace import anyip, control, sockdiag
+from proxy.userspace import anyip, control, sockdiag, sockets
+from proxy.userspace.choose import Memory
+from proxy.userspace.table import Table
 from rules.forwarding import Family, Protocol
 from rules.netlink import errors
 from rules.netlink.attributes import DecodeError, message, messages
@@ -43,9 +46,10 @@ def manifest_pieces(data: bytes) -> None:
 
 
 def configuration(data: bytes) -> None:
-    """A configuration file."""
+    """A configuration file, up to the settings that it makes."""
     with contextlib.suppress(ConfigError, UnicodeDecodeError):
         document.parse(data.decode(), "fuzz.yaml")
+        load([("config", file_with(data))])
 
 
 class _Answers:
@@ -83,14 +87,6 @@ def packets(data: bytes) -> None:
     headers_of_packet(data)
 
 
-def legacy_tables(data: bytes) -> None:
-    """What kernels give of legacy iptables' tables: a description, and entries."""
-    size = legacy._INFO.size
-    for family in Family:
-        with contextlib.suppress(OSError):
-            legacy.decode(family, data[:size].ljust(size, b"\0"), data[size:])
-
-
 def http_requests(data: bytes) -> None:
     """What comes to the ports of health and metrics."""
     with contextlib.suppress(http.RequestError):
@@ -125,6 +121,24 @@ def worker_frames(data: bytes) -> None:
             decode(data)
 
 
+def worker_tables(data: bytes) -> None:
+    """What an agent has a worker serve, and what a worker answers of it."""
+    with contextlib.suppress(msgspec.MsgspecError):
+        request = control.decode_request(data)
+        if isinstance(request, control.Apply):
+            chance = random.Random(1)
+            table = Table(request.family, memory=Memory(), chance=chance, interfaces=dict)
+            list(table.change(request))
+            control.frame(table.answer([]))
+
+
+def datagrams(data: bytes) -> None:
+    """By which interface a datagram came in, as the kernel says."""
+    for family in Family:
+        found = sockets.input_interface_of_datagram(family.af, [(0, 0, data)] if data else [])
+        assert found is None or isinstance(found, str)
+
+
 SEPARATOR = b"\0\0"
 
 
@@ -132,7 +146,7 @@ def bundles(data: bytes) -> None:
     """An archive of `sluice bundle`: these bytes, and one whose files they are."""
     for archive in (data, archive_of(data.split(SEPARATOR))):
         with contextlib.suppress(bundle_reading.BundleError):
-            for table in bundle_reading.read(_file_with(archive)).tables:
+            for table in bundle_reading.read(file_with(archive)).tables:
                 _ = table.table
 
 
@@ -152,7 +166,7 @@ def _memory() -> int:
     return os.memfd_create("bundle")
 
 
-def _file_with(data: bytes) -> str:
+def file_with(data: bytes) -> str:
     """The path of a file in memory that holds these bytes."""
     os.ftruncate(_memory(), 0)
     os.pwrite(_memory(), data, 0)
@@ -161,5 +175,5 @@ def _file_with(data: bytes) -> str:
 
 TARGETS = (
     *(manifest_pieces, configuration, bundles, agent_requests, agent_answers, worker_frames, http_requests),
-    *(netlink_sockets, packets, legacy_tables),
+    *(netlink_sockets, packets, datagrams, worker_tables),
 )

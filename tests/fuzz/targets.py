@@ -24,7 +24,12 @@ from rules.nftables import objects as nftables_objects
 from rules.nftables import trace as nftables_trace
 from rules.nftables.messages import decode_elements
 from rules.nftables.userdata import parse_comment
-from tests.fuzz.peers import TARGETS as OF_PEERS  # not from the package, which would keep an older one
+
+# Not from the package, which would keep older ones.
+from tests.fuzz.clients import TARGETS as OF_CLIENTS
+from tests.fuzz.kernel import TARGETS as OF_KERNELS
+from tests.fuzz.peers import TARGETS as OF_PEERS
+from tests.fuzz.texts import TARGETS as OF_TEXTS
 
 
 def api_objects(data: bytes) -> None:
@@ -154,6 +159,9 @@ COMMIT
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     each.__name__: each
     for each in (
+        *OF_KERNELS,
+        *OF_TEXTS,
+        *OF_CLIENTS,
         *OF_PEERS,
         *(api_objects, api_stream, manifest_json, manifest_yaml),
         *(

@@ -565,3 +565,21 @@ def test_a_mutated_bundle_is_answered_or_refused_in_a_line(next_to_kube_proxy, t
     errors = capsys.readouterr().err
     assert code in (0, 1, 2)
     assert "internal error" not in errors
+
+
+@pytest.mark.parametrize("verb", ["dump", "verify", "explain a/b", "doctor", "status", "conntrack"])
+def test_an_archive_of_somebody_else_is_no_manifest_without_objects(verb, tmp_path, monkeypatch, capsys):
+    """It is readable for its owner alone: who is not root is told that, and nothing else."""
+    archive = tmp_path / "bundle.tar.gz"
+    archive.write_bytes(b"")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(archive))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(bundle_reading.tarfile, "open", refuse)
+    assert cli.main([*verb.split(), "-f", str(archive)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sluice {verb.split()[0]}: {archive}: ")
+    assert "Permission denied" in line
+    assert "Errno" not in line
