@@ -88,7 +88,7 @@ def evidence(bundle: Bundle, asked: Asked) -> Evidence:
     if objects is None:
         return msgspec.structs.replace(found, problems=(*found.problems, *notes_of(readings, asked, None)))
     reading = next(iter(readings.values())).reading
-    told = wanted.in_mode_of(_settings(bundle), reading)
+    told = wanted.in_mode(_settings(bundle), reading.mode)
     manifests = from_manifests(
         objects.loaded, told, manifest.node, asked, interfaces={"node": tuple(found.local_addresses)}
     )
@@ -144,7 +144,7 @@ def _verified(bundle: Bundle, objects: Objects) -> Iterator[Verified]:
     for each in _found(bundle):
         reading = each.reading
         node = bundle.manifest.node
-        tables, problems = wanted.tables(objects, _settings(bundle), node, reading, _interfaces(bundle))
+        tables, problems = wanted.tables(objects, _settings(bundle), node, reading.mode, _interfaces(bundle))
         for problem in problems:
             sys.stderr.write(f"sluice verify: {problem}\n")
         table = tables[reading.table.family]

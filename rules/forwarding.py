@@ -323,24 +323,28 @@ def check_route(family: Family, frontend: Frontend, route: Route) -> str | None:
     lists = [route.backends] if route.local_backends is None else [route.backends, route.local_backends]
     faults = {
         "only a node port has no address": (route.kind is Kind.NODE_PORT) != frontend.is_node_port,
-        f"the address is not {family.label}": len(frontend.address) not in (0, size),
-        f"port {frontend.port} is not in 1..65535": not 0 < frontend.port < 65536,
-        f"a backend is not an {family.label} address and a port": any(
-            len(backend.address) != size or not 0 < backend.port < 65536 for each in lists for backend in each
+        "the address is not {family}": len(frontend.address) not in (0, size),
+        "port {port} is not in 1..65535": not 0 < frontend.port < 65536,
+        "a backend is not an {family} address and a port": any(
+            len(address) != size or not 0 < port < 65536 for each in lists for address, port in each
         ),
         "a ClusterIP has one list": route.kind is Kind.CLUSTER_IP and route.policy_local,
         "a traffic policy without backends": route.policy_local and not route.backends,
         "a refusal belongs to a route with an empty list, and to no other": (route.refusal is None) != all(lists),
         "affinity without backends": bool(route.affinity) and not route.backends,
-        f"there is no scheduler {route.scheduler}": bool(route.scheduler) and route.scheduler not in SCHEDULERS,
+        "there is no scheduler {scheduler}": bool(route.scheduler) and route.scheduler not in SCHEDULERS,
         "a scheduler without backends": bool(route.scheduler) and not route.backends,
         "the PROXY protocol needs TCP and backends": route.proxy_protocol
         and not (route.backends and frontend.protocol is Protocol.TCP),
         "only load balancer addresses have source ranges": bool(route.source_ranges)
         and route.kind is not Kind.LOAD_BALANCER,
-        "source ranges are not merged and sorted": route.source_ranges != merge_prefixes(route.source_ranges),
+        "source ranges are not merged and sorted": bool(route.source_ranges)
+        and route.source_ranges != merge_prefixes(route.source_ranges),
     }
-    return next((fault for fault, found in faults.items() if found), None)
+    for fault, found in faults.items():
+        if found:
+            return fault.format(family=family.label, port=frontend.port, scheduler=route.scheduler)
+    return None
 
 
 def merge_prefixes(prefixes: Iterable[Prefix]) -> tuple[Prefix, ...]:

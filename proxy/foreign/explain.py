@@ -22,7 +22,7 @@ from proxy.explain.surroundings import Surroundings, look
 from proxy.explain.verb import tell
 from proxy.explain.watching import watch
 from proxy.foreign import wanted
-from proxy.foreign.sources import PROXY, Files, Found, are_large, from_files, from_node, without_them
+from proxy.foreign.sources import PROXY, Files, Found, are_large, from_files, from_node, likely_mode, without_them
 from proxy.foreign.wanted import CannotTellError, Objects
 from proxy.node import Interfaces
 from rules.dataplane import DataplaneError
@@ -97,16 +97,22 @@ def gather(where: Where, settings: Settings, asked: Asked, client: Client, means
 
 def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
     """By rules that were saved, of a node that may be anywhere."""
-    with beside(lambda: from_files(where.files.rules), worth_it=are_large(where.files)) as reading:
+    large = are_large(where.files)
+    addresses = where.node_addresses
+    interfaces: Interfaces | None = {"node": addresses} if addresses else None
+    manifests: Evidence | None = None
+    likely = ""
+    with beside(lambda: from_files(where.files.rules), list[Found], worth_it=large) as reading:
         objects = wanted.of_given(where.files.manifests, settings)
+        if objects and large and (likely := likely_mode(where.files)):
+            manifests = _manifests(objects, settings, asked, likely, interfaces)
         found = reading()
     readings, problems = one_each(found)
     evidence = of_this_node(_tables(readings), Surroundings())
-    addresses = where.node_addresses
     cluster: Cluster | None = None
     if objects:
-        interfaces: Interfaces | None = {"node": addresses} if addresses else None
-        manifests = _manifests(objects, settings, asked, readings, interfaces)
+        if manifests is None or likely != _mode(readings):
+            manifests = _manifests(objects, settings, asked, _mode(readings), interfaces)
         cluster, addresses = manifests.cluster, addresses or tuple(manifests.local_addresses)
         problems += manifests.problems
         evidence = msgspec.structs.replace(evidence, node_ips=manifests.node_ips)
@@ -139,7 +145,7 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
     cluster: Cluster | None = None
     if objects := wanted.of_given(where.files.manifests, settings):
         interfaces = {"node": tuple(sorted(evidence.local_addresses))}
-        manifests = _manifests(objects, settings, asked, readings, interfaces)
+        manifests = _manifests(objects, settings, asked, _mode(readings), interfaces)
         cluster = manifests.cluster
         problems += manifests.problems
     else:
@@ -213,12 +219,12 @@ def _is_asked(frontend: Frontend, route: Route, asked: Asked) -> bool:
 
 
 def _manifests(
-    objects: Objects, settings: Settings, asked: Asked, readings: Readings, interfaces: Interfaces | None
+    objects: Objects, settings: Settings, asked: Asked, mode: str, interfaces: Interfaces | None
 ) -> Evidence:
-    """What manifests come to where the proxy runs in the mode of its rules."""
+    """What manifests come to where the proxy runs in some mode."""
     from proxy.explain.manifests import from_manifests  # noqa: PLC0415  # YAML, which others do without
 
-    told = wanted.in_mode_of(settings, next(iter(readings.values())).reading)
+    told = wanted.in_mode(settings, mode)
     return from_manifests(objects.loaded, told, socket.gethostname(), asked, interfaces=interfaces)
 
 
@@ -260,6 +266,10 @@ def one_each(found: Sequence[Found]) -> tuple[Readings, list[str]]:
 
 def _title(readings: Readings) -> str:
     return next(iter(readings.values())).title
+
+
+def _mode(readings: Readings) -> str:
+    return next(iter(readings.values())).reading.mode
 
 
 def _tables(readings: Readings) -> dict[Family, ForwardingTable]:

@@ -21,7 +21,7 @@ from rules.dataplane import DataplaneError
 from rules.foreign import detect, kube_proxy_iptables, kube_proxy_ipvs, kube_proxy_nftables, nft_json, saved
 from rules.foreign.gathering import ForeignError, Reading
 from rules.foreign.nft_model import FAMILIES, TABLE
-from rules.foreign.saved import SavedFamily
+from rules.foreign.saved import Chains, SavedFamily
 from rules.forwarding import Address, Family
 from rules.iptables.programs import available
 from rules.iptables.text import FILTER, NAT
@@ -31,6 +31,7 @@ STANDARD_INPUT = "-"
 LARGE = 2 << 20
 """Bytes of rules and of manifests that take as long to decode as a process costs, many times over."""
 
+_BEGINNING = 1 << 16
 _GET_TABLE = 1
 _NAME = 1
 _TABLES = {family: name for name, family in FAMILIES.items()}
@@ -114,6 +115,15 @@ def are_large(files: Files) -> bool:
     )
 
 
+def likely_mode(files: Files) -> str:
+    """The mode that rules are of by how their first file begins; it may turn out to be another.  Empty: unknown."""
+    try:
+        with Path(files.rules[0]).open("rb") as file:
+            return detect.likely_mode(file.read(_BEGINNING))
+    except (IndexError, OSError):
+        return ""
+
+
 def _size(name: str) -> int:
     try:
         path = Path(name)
@@ -163,7 +173,14 @@ def nft_tables() -> frozenset[str]:
 def _is_rules(name: str) -> bool:
     path = Path(name)
     try:
-        return name != STANDARD_INPUT and path.is_file() and detect.looks_like_rules(path.read_bytes())
+        if name == STANDARD_INPUT or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            beginning = file.read(_BEGINNING)
+            # Lines that are whole: among the first ones of rules is one that is known, and JSON begins with what it is.
+            if detect.looks_like_rules(beginning[: beginning.rfind(b"\n") + 1] or beginning):
+                return True
+            return not beginning.startswith(b"{") and detect.looks_like_rules(beginning + file.read())
     except OSError:
         return False  # whoever reads it as manifests says why it cannot be read
 
@@ -215,5 +232,5 @@ def _ipvs(rules: Mapping[Family, SavedFamily | None], others: Collection[Family]
     state = ipvs.state()
     for family, each in rules.items():
         if family in meant or (family not in others and kube_proxy_ipvs.is_there(state, family)):
-            kept = each or SavedFamily(family, {NAT: {}, FILTER: {}})
+            kept = each or SavedFamily(family, {NAT: Chains({}), FILTER: Chains({})})
             yield Found("this node", kube_proxy_ipvs.MODE, kube_proxy_ipvs.decode(kept, state, family))

@@ -17,14 +17,14 @@ from proxy.agent_socket import AgentError, NoAgentError
 from proxy.beside import beside
 from proxy.config.settings import Settings
 from proxy.foreign import wanted
-from proxy.foreign.sources import PROXY, Files, Found, are_large, from_files, from_node
+from proxy.foreign.sources import PROXY, Files, Found, are_large, from_files, from_node, likely_mode
 from proxy.foreign.wanted import CannotTellError, Objects
 from proxy.node import Interfaces
 from proxy.verify import Format, Verified, report
 from rules.dataplane import DataplaneError
 from rules.diff import compare
 from rules.foreign.comparison import as_held_by, capabilities_of, named
-from rules.foreign.gathering import ForeignError, Reading
+from rules.foreign.gathering import ForeignError
 from rules.forwarding import Family, ForwardingTable
 
 LAG = 5.0
@@ -95,8 +95,11 @@ class _Comparison:
             ValueError: the node's name is empty.
         """
         if self._files.rules:
-            with beside(lambda: from_files(self._files.rules), worth_it=are_large(self._files)) as reading:
+            large = are_large(self._files)
+            with beside(lambda: from_files(self._files.rules), list[Found], worth_it=large) as reading:
                 self._load()
+                if large and (mode := likely_mode(self._files)):
+                    self._wanted(mode)
                 found = reading()
             verified = list(self._compared(found))
             self._note_missing(found)
@@ -131,7 +134,7 @@ class _Comparison:
         for each in found:
             reading = each.reading
             family = reading.table.family
-            table = self._wanted(reading).get(family)
+            table = self._wanted(reading.mode).get(family)
             if table is None:
                 self.notes[f"{self.by} wants nothing of {family.label}: its rules are not compared"] = None
                 continue
@@ -154,12 +157,12 @@ class _Comparison:
                     drift = compare(table, None, capabilities_of(mode))
                     yield Verified(f"{PROXY}'s rules", drift, len(table.routes))
 
-    def _wanted(self, reading: Reading) -> dict[Family, ForwardingTable]:
-        if reading.mode not in self._tables:
-            self._tables[reading.mode] = self._compute(reading)
-        return self._tables[reading.mode]
+    def _wanted(self, mode: str) -> dict[Family, ForwardingTable]:
+        if mode not in self._tables:
+            self._tables[mode] = self._compute(mode)
+        return self._tables[mode]
 
-    def _compute(self, reading: Reading) -> dict[Family, ForwardingTable]:
+    def _compute(self, mode: str) -> dict[Family, ForwardingTable]:
         if self._objects is None:
             return _of_agent(self._settings.run_directory)
         interfaces: Interfaces | None = None
@@ -167,7 +170,7 @@ class _Comparison:
             from proxy.interfaces import read_addresses  # noqa: PLC0415  # pyroute2, which files do without
 
             interfaces = read_addresses()
-        tables, problems = wanted.tables(self._objects, self._settings, socket.gethostname(), reading, interfaces)
+        tables, problems = wanted.tables(self._objects, self._settings, socket.gethostname(), mode, interfaces)
         self.notes.update(dict.fromkeys(problems))
         return tables
 

@@ -14,7 +14,6 @@ from proxy.config.settings import Settings
 from proxy.node import Interfaces, normal_node_name
 from proxy.objects import EndpointSlice, Key, Node, Object, Service, ServiceCIDR
 from proxy.sources.base import Resource
-from rules.foreign.gathering import Reading
 from rules.forwarding import Family, ForwardingTable
 
 if TYPE_CHECKING:
@@ -82,9 +81,9 @@ def of_api_server(settings: Settings, node_name: str) -> Objects:
 
 
 def tables(
-    objects: Objects, settings: Settings, hostname: str, reading: Reading, interfaces: Interfaces | None
+    objects: Objects, settings: Settings, hostname: str, mode: str, interfaces: Interfaces | None
 ) -> tuple[dict[Family, ForwardingTable], tuple[str, ...]]:
-    """What the objects come to where a proxy runs in the mode of what was read, and what is wrong with them.
+    """What the objects come to where a proxy runs in some mode, and what is wrong with them.
 
     `interfaces` are the node's own; None: it has the addresses that its Node object says.
 
@@ -93,13 +92,13 @@ def tables(
     """
     from proxy.render import render  # noqa: PLC0415  # next to its one use: YAML
 
-    rendered = render(objects.loaded, in_mode_of(settings, reading), hostname, interfaces=interfaces)
+    rendered = render(objects.loaded, in_mode(settings, mode), hostname, interfaces=interfaces)
     return {table.family: table for table in rendered.tables}, rendered.problems
 
 
-def in_mode_of(settings: Settings, reading: Reading) -> Settings:
-    """The settings of a proxy that runs in the mode of what was read."""
-    return msgspec.structs.replace(settings, mode=reading.mode)
+def in_mode(settings: Settings, mode: str) -> Settings:
+    """The settings of a proxy that runs in another mode."""
+    return msgspec.structs.replace(settings, mode=mode)
 
 
 # --- the API server --------------------------------------------------------------------------------------------

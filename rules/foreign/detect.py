@@ -57,6 +57,16 @@ def looks_like_rules(data: bytes) -> bool:
     return saved.looks_saved(text) or nft_text.looks_listed(text) or parts.looks_like_parts(text)
 
 
+def likely_mode(beginning: bytes) -> str:
+    """The mode that rules are probably of, by their beginning, so that what depends on it need not wait for the end."""
+    text = beginning.decode(errors="replace")
+    if _is_json(beginning) or (nft_text.looks_listed(text) and not saved.looks_saved(text)):
+        return kube_proxy_nftables.MODE
+    if parts.looks_like_parts(text) or "KUBE-IPVS-" in text or "--match-set KUBE-" in text:
+        return kube_proxy_ipvs.MODE
+    return kube_proxy_iptables.MODE
+
+
 def readings(data: bytes) -> Sequence[Reading]:
     """What kube-proxy's rules in a file come to: one reading for each mode and family of which there is something.
 

@@ -51,6 +51,14 @@ _USUAL_ENDPOINT = {
     for family in Family
 }
 """A whole chain without affinity: address, protocol and port (IPT-17)."""
+_USUAL_MARK = {
+    family: re.compile(
+        rf"{RULE}(?:( !)? -s ([0-9a-f.:/]+))? -d ([0-9a-f.:]+)/{family.address_bytes * 8} -p (tcp|udp|sctp){COMMENT}"
+        rf" -m \4 --dport ([0-9]{{1,5}}) -j {MARK_MASQ}"
+    )
+    for family in Family
+}
+"""All that stands before the picks in the list of a ClusterIP: of which sources, and which frontend (IPT-11)."""
 _USUAL_PICK = re.compile(
     rf"{RULE}{COMMENT}(?: -m statistic --mode random --probability ([0-9.]+))? -j ({SEP}[0-9A-Z]+)(?=\n|\Z)"
 )
@@ -84,15 +92,6 @@ class Entry(msgspec.Struct):
     """What it picks from, if it does."""
 
 
-class _Served(NamedTuple):
-    """An endpoint's chain."""
-
-    endpoint: Endpoint
-    hairpin: bool
-    recent: str
-    """The name of its list of clients; empty without affinity."""
-
-
 class ServiceChains:
     """The chains of Services in the nat table, read as they are asked for."""
 
@@ -100,14 +99,18 @@ class ServiceChains:
         self._chains = chains
         self._family = family
         self._af = family.af
-        self._usual = _USUAL_ENDPOINT[family]
+        self._usual_endpoint = _USUAL_ENDPOINT[family]
         self._complain = complain
-        self._prefixes: dict[str, Prefix] = {}
-        """Networks that were read before: the same ones stand in the chains of all Services."""
+        self._usual_mark = _USUAL_MARK[family]
+        self._sources: dict[tuple[str, bool], tuple[Conditions, Prefix | None]] = {}
+        """Those that were read before: the same ones stand in the chains of all Services."""
         self._imbalances: dict[tuple[str, ...], str] = {}
         """What is wrong with chances: as many picks as they may be, they are the same in all lists of that length."""
         self._entries: dict[str, Entry | None] = {}
-        self._served: dict[str, _Served | None] = {}
+        self._served: dict[str, Endpoint | None] = {}
+        """Endpoints by their chains."""
+        self._recents: dict[str, str] = {}
+        """By such a chain, the name of the list of clients that it keeps."""
         self.hairpins: set[Endpoint] = set()
         self.endpoints = 0
         """How many were picked, in all lists."""
@@ -115,7 +118,7 @@ class ServiceChains:
     @property
     def unserved(self) -> list[str]:
         """Chains that nobody asked for."""
-        others = self._chains.keys() - self._entries.keys() - self._served.keys()
+        others = set(self._chains).difference(self._entries, self._served)
         return sorted(name for name in others if name.startswith(OWN))
 
     def entry(self, name: str) -> Entry | None:
@@ -142,12 +145,7 @@ class ServiceChains:
         """
         for name, inside in (("-s", True), ("!-s", False)):
             if (text := options.pop(name, None)) is not None:
-                prefix = self._prefixes.get(text)
-                if prefix is None:
-                    prefix = self._prefixes[text] = parse_prefix(text)
-                if len(prefix.address) != self._family.address_bytes:
-                    raise ValueError(text)
-                return (Condition(SourcePrefix(prefix), inside),), prefix if inside else None
+                return self._source(text, inside=inside)
         for name, inside in (("-i", True), ("!-i", False)):
             if (text := options.pop(name, None)) is not None:
                 return (Condition(_interface(text), inside),), None
@@ -155,6 +153,16 @@ class ServiceChains:
             del options["--src-type"]
             return (NODE,), None
         return (), None
+
+    def _source(self, text: str, *, inside: bool) -> tuple[Conditions, Prefix | None]:
+        known = self._sources.get((text, inside))
+        if known is None:
+            prefix = parse_prefix(text)
+            if len(prefix.address) != self._family.address_bytes:
+                raise ValueError(text)
+            known = (Condition(SourcePrefix(prefix), inside),), prefix if inside else None
+            self._sources[text, inside] = known
+        return known
 
     def _host(self, text: str) -> bytes:
         address, _, length = text.partition("/")
@@ -170,7 +178,14 @@ class ServiceChains:
         before, usual = _usual_picks(self._chains.text(name))
         chances: list[Pick] = []
         clients: dict[str, str] = {}
-        for rule in rules_of(before) if usual else self._chains[name]:
+        rules: Sequence[SavedRule] = ()
+        if not usual:
+            rules = self._chains[name]
+        elif (mark := self._read_usual_mark(before)) is not None and name.startswith((SVC, SVL)):
+            entry.ways.append(mark)
+        else:
+            rules = rules_of(before)
+        for rule in rules:
             target = rule.target
             if target.startswith(SEP):
                 self._read_pick(name, rule, chances, clients)
@@ -208,15 +223,29 @@ class ServiceChains:
         entry.ways.append(Way(conditions, source, frontend, None if target == MARK_MASQ else target))
         return True
 
+    def _read_usual_mark(self, text: str) -> Way | None:
+        """The mark in a list as it usually is; None: it is not as usual, or it makes no sense."""
+        hit = self._usual_mark.fullmatch(text)
+        if hit is None:
+            return None
+        negation, source, address, protocol, port = hit.groups()
+        try:
+            conditions = () if source is None else self._source(source, inside=negation is None)[0]
+            frontend = Frontend(inet_pton(self._af, address), _PROTOCOLS[protocol], parse_port(port))
+        except (ValueError, OSError):
+            return None
+        return Way(conditions, None, frontend, None)
+
     def _read_pick(self, name: str, rule: SavedRule, chances: list[Pick], clients: dict[str, str]) -> None:
         options = dict(rule.options)
         target = options.pop("-j")
         if "--rcheck" in options:
             asked = {each: options.pop(each, "") for each in ("--rcheck", "--reap", "--seconds", "--name")}
             served = self._endpoint(target)
+            recent = self._recents.get(target, "")
             understood = options.keys() <= _RECENT and asked["--seconds"].isdecimal() and len(asked["--seconds"]) < 10
             if understood and served is not None and not chances:
-                if asked["--name"] != served.recent:
+                if asked["--name"] != recent:
                     self._complain(f"{name} asks for clients of {target} where they are not remembered")
                 clients[target] = asked["--seconds"]
                 return
@@ -230,8 +259,8 @@ class ServiceChains:
 
     def _picks(self, name: str, chances: list[Pick], clients: dict[str, str]) -> Picks:
         served = [each for _, target in chances if (each := self._endpoint(target)) is not None]
-        endpoints = {each.endpoint for each in served}
-        backends = frozenset(Backend(each.address, each.port) for each in endpoints)
+        endpoints = set(served)
+        backends = frozenset(Backend(address, port) for address, _, port in endpoints)
         if fault := self._imbalance(tuple(chance for chance, _ in chances)):
             self._complain(f"{name} does not share its connections evenly: {fault}")
         elif len(endpoints) < len(served):
@@ -240,13 +269,17 @@ class ServiceChains:
             for _, target in chances:
                 if self._endpoint(target) is None:
                     self._complain(f"{name} leads to {target}, which leads nowhere")
-        if clients and clients.keys() != {target for _, target in chances}:
+        self.endpoints += len(endpoints)
+        affinity = self._affinity(name, chances, clients) if clients else 0
+        return Picks(backends, affinity, frozenset(protocol for _, protocol, _ in endpoints))
+
+    def _affinity(self, name: str, chances: list[Pick], clients: dict[str, str]) -> int:
+        if clients.keys() != {target for _, target in chances}:
             self._complain(f"{name} does not remember the clients of all its endpoints")
         timeouts = set(map(int, clients.values()))
         if len(timeouts) > 1:
             self._complain(f"{name} remembers clients for different times")
-        self.endpoints += len(endpoints)
-        return Picks(backends, max(timeouts, default=0), frozenset(each.protocol for each in endpoints))
+        return max(timeouts)
 
     def _imbalance(self, chances: tuple[str, ...]) -> str:
         fault = self._imbalances.get(chances)
@@ -256,19 +289,17 @@ class ServiceChains:
 
     # --- endpoints -----------------------------------------------------------------------------------------------
 
-    def _endpoint(self, name: str) -> _Served | None:
+    def _endpoint(self, name: str) -> Endpoint | None:
         if name not in self._served:
-            served = self._usual_endpoint(self._chains.text(name))
-            if served is None and name in self._chains:
-                served = self._read_endpoint(name, self._chains[name])
-            self._served[name] = served
-            if served is not None and served.hairpin:
-                self.hairpins.add(served.endpoint)
+            endpoint = self._read_usual_endpoint(name)
+            if endpoint is None and name in self._chains:
+                endpoint = self._read_endpoint(name, self._chains[name])
+            self._served[name] = endpoint
         return self._served[name]
 
-    def _usual_endpoint(self, text: str) -> _Served | None:
-        """What a chain is that looks as usual; None: it does not, or it makes no sense."""
-        hit = self._usual.fullmatch(text)
+    def _read_usual_endpoint(self, name: str) -> Endpoint | None:
+        """The endpoint of a chain that looks as usual; None: it does not, or it makes no sense."""
+        hit = self._usual_endpoint.fullmatch(self._chains.text(name))
         if hit is None:
             return None
         address, protocol, port = hit.groups()
@@ -276,12 +307,12 @@ class ServiceChains:
             endpoint = Endpoint(inet_pton(self._af, address), _PROTOCOLS[protocol], parse_port(port))
         except (ValueError, OSError):
             return None
-        return _Served(endpoint, hairpin=True, recent="")
+        self.hairpins.add(endpoint)
+        return endpoint
 
-    def _read_endpoint(self, name: str, rules: Sequence[SavedRule]) -> _Served | None:
+    def _read_endpoint(self, name: str, rules: Sequence[SavedRule]) -> Endpoint | None:
         endpoint: Endpoint | None = None
         marked: set[bytes] = set()
-        recent = ""
         for rule in rules:
             options = dict(rule.options)
             target = options.pop("-j", "")
@@ -291,16 +322,18 @@ class ServiceChains:
                 except (ValueError, OSError):
                     self._complain(f"{name} has a rule that is not understood: {rule.text}")
             elif endpoint is None and target == "DNAT" and (found := self._dnat(options)) is not None:
-                endpoint, recent = found
+                endpoint, self._recents[name] = found
             elif rule.options:
                 self._complain(f"{name} has a rule that is not understood: {rule.text}")
         if endpoint is None:
             return None
         if marked - {endpoint.address}:
             self._complain(f"{name} masquerades the connections of others than its endpoint")
-        if endpoint.address not in marked:
+        if endpoint.address in marked:
+            self.hairpins.add(endpoint)
+        else:
             self._complain(f"{name} does not masquerade the connections of its endpoint to itself")
-        return _Served(endpoint, endpoint.address in marked, recent)
+        return endpoint
 
     def _dnat(self, options: Options) -> tuple[Endpoint, str] | None:
         """What a rule translates to, and the list in which it remembers clients."""
@@ -325,12 +358,12 @@ def _interface(text: str) -> Detector:
 
 
 def _usual_picks(text: str) -> tuple[str, list[Pick]]:
-    """A chain's rules before those that pick an endpoint, and these; no picks: it is not as usual."""
+    """The picks that a list ends in, and its rules before them; no picks: they are not as usual, or not at its end."""
     first = _USUAL_PICK.search(text)
     if first is None:
         return text, []
     before, found = text[: first.start()], _USUAL_PICK.findall(text, first.start())
-    if SEP in before or len(found) != text.count("\n", first.start()):
+    if len(found) != text.count("\n", first.start()):
         return text, []
     return before, found
 

@@ -7,6 +7,7 @@ kernel takes all of them to tell, and people save them into one file as well as 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import msgspec
 
@@ -15,6 +16,8 @@ from rules.forwarding import Address
 
 _MARKS = ("create ", "add ", "-A -", "-a -", ipvs_text.LISTING)
 _SOME_LINE = re.compile(rf"^(?:{ipset_text.LINE.pattern}|{ipvs_text.LINE.pattern})", re.MULTILINE)
+
+_END_OF_TABLE = re.compile(r"\n[^\S\n]*COMMIT[^\S\n]*(?=\n|\Z)")
 
 
 class Parts(msgspec.Struct):
@@ -36,10 +39,26 @@ class Parts(msgspec.Struct):
 
 def looks_like_parts(text: str) -> bool:
     """Whether there is what ipset, ipvsadm or ip print."""
+    return addresses_json.HEAD.match(text) is not None or any(map(_has_some_line, _outside_tables(text)))
+
+
+def _outside_tables(text: str) -> Iterator[str]:
+    """What stands before, between and behind the tables of iptables, which are the most of a text."""
+    at = 0
+    begin = 0 if text.startswith("*") else text.find("\n*")
+    while begin >= 0:
+        yield text[at:begin]
+        end = _END_OF_TABLE.search(text, begin)
+        if end is None:
+            return
+        at = end.end()
+        begin = text.find("\n*", at)
+    yield text[at:]
+
+
+def _has_some_line(text: str) -> bool:
     # Manifests may be long, and a search for a line's beginning stops at every letter.
-    if any(text.startswith(mark) or f"\n{mark}" in text for mark in _MARKS) and _SOME_LINE.search(text) is not None:
-        return True
-    return addresses_json.HEAD.match(text) is not None
+    return any(text.startswith(mark) or f"\n{mark}" in text for mark in _MARKS) and _SOME_LINE.search(text) is not None
 
 
 def split(text: str) -> Parts:

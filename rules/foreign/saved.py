@@ -27,11 +27,12 @@ RULE = rf"\n(?:{_COUNTERS})?-A \S+"
 COMMENT = r'(?: -m comment --comment "[^"\\\n]*")?'
 """A comment in which nothing is escaped, for these; rules of many endpoints have none (IPT-25)."""
 
-_HEAD = re.compile(r"\n[^\S\n]*(?:\*(?P<table>.*)|(?P<end>COMMIT)[^\S\n]*(?=\n|\Z)|#(?P<note>.*))")
-_DECLARED = re.compile(rf"\n[^\S\n]*:({PREFIX}\S*)")
-_APPENDED = rf"\n[^\S\n]*(?:{_COUNTERS})?-A "
-_CHAIN = re.compile(rf"{_APPENDED}(\S*).*+(?:{_APPENDED}\1(?!\S).*+)*+")
-"""Rules of one chain that stand together."""
+_BEGIN = r"\n[^\S\n]*"
+_HEAD = re.compile(rf"{_BEGIN}(?:\*(?P<table>.*)|(?P<end>COMMIT)[^\S\n]*(?=\n|\Z)|#(?P<note>.*))")
+_DECLARED = re.compile(rf"{_BEGIN}:({PREFIX}\S*)")
+_APPENDED = rf"{_BEGIN}(?:{_COUNTERS})?-A "
+_CHAIN = re.compile(rf"({_APPENDED}(\S*).*+(?:{_APPENDED}\2(?!\S).*+)*+)")
+"""Rules of one chain that stand together, and its name."""
 _COUNTED = re.compile(_COUNTERS)
 _SIX = re.compile(r" (?:-[sd] [0-9a-f]*:[0-9a-f:.]*/|--to-destination \[|--reject-with icmp6-)")
 _FOUR = re.compile(r" (?:-[sd] \d+\.\d+\.\d+\.\d+|--to-destination \d+\.|--reject-with icmp-)")
@@ -71,19 +72,19 @@ class SavedRule(NamedTuple):
 class Chains(Mapping[str, Sequence[SavedRule]]):
     """Chains of one table, by name."""
 
-    def __init__(self, texts: Mapping[str, Sequence[str]]) -> None:
-        """Args: texts: each chain's, in pieces; before each rule stands the end of a line."""
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """`texts` are of chains as they were printed, with the end of a line before each rule."""
         self._texts = texts
         self._rules: dict[str, Sequence[SavedRule]] = {}
 
     def text(self, name: str) -> str:
         """A chain as it was printed; empty if it has no rules, or is not there."""
-        return "".join(self._texts.get(name, ()))
+        return self._texts.get(name, "")
 
     def __getitem__(self, name: str) -> Sequence[SavedRule]:
         rules = self._rules.get(name)
         if rules is None:
-            rules = self._rules[name] = rules_of("".join(self._texts[name]))
+            rules = self._rules[name] = rules_of(self._texts[name])
         return rules
 
     def __contains__(self, name: object) -> bool:
@@ -240,16 +241,23 @@ def _blocks(text: str) -> Iterator[_Block]:
 def _block(table: str, family: Family | None, body: str, *, complete: bool) -> _Block:
     if table not in TABLES or PREFIX not in body:
         return _Block(table, family, Chains({}), complete)
-    texts: dict[str, list[str]] = {name: [] for name in _DECLARED.findall(body)}
-    for hit in _CHAIN.finditer(body):
-        name, text = hit[1], hit[0]
-        if name.startswith(PREFIX):
-            texts.setdefault(name, []).append(text)
-        elif PREFIX in text:
-            for line in text.split("\n"):
-                if PREFIX in line and any(rule.target.startswith(PREFIX) for rule in rules_of(line)):
-                    texts.setdefault(name, []).append(f"\n{line}")
+    texts: dict[str, str] = dict.fromkeys(_DECLARED.findall(body), "")
+    apart: dict[str, list[str]] = {}
+    for text, name in _CHAIN.findall(body):
+        kept = text
+        if not name.startswith(PREFIX):
+            kept = "".join(f"\n{line}" for line in text.split("\n") if PREFIX in line and _leads_there(line))
+        if texts.get(name):
+            apart.setdefault(name, [texts[name]]).append(kept)
+        elif kept:
+            texts[name] = kept
+    texts |= {name: "".join(pieces) for name, pieces in apart.items()}
     return _Block(table, family or _family_of(body), Chains(texts), complete)
+
+
+def _leads_there(line: str) -> bool:
+    """Whether a rule leads to a chain of kube-proxy's."""
+    return any(rule.target.startswith(PREFIX) for rule in rules_of(line))
 
 
 def _family_of(body: str) -> Family | None:

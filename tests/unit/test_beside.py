@@ -2,11 +2,17 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from proxy.beside import DiedError, beside
-from rules.foreign.gathering import ForeignError
+from proxy.foreign.sources import Found
+from rules.foreign.detect import readings
+from rules.foreign.gathering import ForeignError, Reading
+from rules.forwarding import Family, ForwardingTable
+
+RULES = Path(__file__).parents[1] / "data" / "kube-proxy-v1.36.2" / "nftables.nft"
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +31,32 @@ def test_the_copy_works_while_this_process_goes_on():
     def work():
         return os.read(told, 1), os.getpid()
 
-    with beside(work, worth_it=True) as result:
+    with beside(work, tuple[bytes, int], worth_it=True) as result:
         os.write(tell, b"x")
         said, pid = result()
     assert (said, pid != os.getpid()) == (b"x", True)
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        [Found("rules", "iptables", reading) for reading in readings(RULES.read_bytes())],
+        [Found(os.fsdecode(b"\xff"), "ipvs", Reading(mode="ipvs", table=ForwardingTable(family=Family.IPV6)))],
+    ],
+)
+def test_all_that_is_known_of_rules_crosses_over(found):
+    with beside(lambda: found, list[Found], worth_it=True) as result:
+        assert result() == found
+
+
 def test_what_the_work_raises_is_raised_where_it_is_waited_for():
-    with beside(refuse, worth_it=True) as result, pytest.raises(ForeignError, match="rules: there are none"):
+    with beside(refuse, int, worth_it=True) as result, pytest.raises(ForeignError, match="rules: there are none"):
         result()
 
 
 def test_a_copy_that_dies_is_an_error():
     with (
-        beside(lambda: os.kill(os.getpid(), 9), worth_it=True) as result,
+        beside(lambda: os.kill(os.getpid(), 9), int, worth_it=True) as result,
         pytest.raises(DiedError, match="ended with status -9: is memory short"),
     ):
         result()
@@ -51,7 +69,7 @@ def test_a_copy_that_nobody_waits_for_is_ended():
         os.write(tell, str(os.getpid()).encode())
         threading.Event().wait()
 
-    with beside(work, worth_it=True):
+    with beside(work, int, worth_it=True):
         pid = int(os.read(pids, 20))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -63,5 +81,5 @@ def test_a_copy_that_nobody_waits_for_is_ended():
 def test_work_that_is_not_worth_a_copy_is_done_here(attribute, value, monkeypatch):
     if attribute:
         monkeypatch.setattr(os if attribute == "sched_getaffinity" else threading, attribute, value)
-    with beside(os.getpid, worth_it=bool(attribute)) as result:
+    with beside(os.getpid, int, worth_it=bool(attribute)) as result:
         assert result() == os.getpid()

@@ -160,3 +160,12 @@ def test_very_many_empty_lines_are_read_in_no_time_that_grows_with_their_square(
     text = text_of(BENCH)
     assert read(text.replace("\nCOMMIT", "\n" * 200_000 + "COMMIT")) == read(text)
     assert read(text.replace("\nCOMMIT", "\n" * 200_000 + "?\nCOMMIT")) == read(text)
+
+
+@pytest.mark.parametrize(
+    "line", ["\n", " \n", "-A KUBE-A -j B\n-A KUBE-B -j A\n", "-A OUTPUT -j DOCKER\n", "*nat\n", "#\n"]
+)
+def test_long_texts_take_time_by_their_length(line: str) -> None:
+    """What is quadratic takes minutes."""
+    for head in ("*nat\n", "*nat\n:KUBE-A -\n-A KUBE-A -j B", ""):
+        read(head + line * (300_000 // len(line)))
