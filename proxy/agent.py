@@ -49,7 +49,7 @@ from proxy.serving.metrics import Metrics
 from proxy.serving.observer import Observer
 from proxy.serving.servers import BindError, serve
 from proxy.serving.traffic import TrafficCollector
-from proxy.sources.base import Source
+from proxy.sources.base import Resource, Source
 from proxy.sources.credentials_reading import Reading
 from proxy.state import State
 from proxy.strangers import watch_strangers
@@ -203,6 +203,7 @@ class _Agent:
             _log.warning("what this mode cannot do", mode=self._mode, limit=limit)
         self._state.on_change = self._on_change
         self._state.on_trouble = _tell_trouble
+        self._state.on_event = _tell_event
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -377,6 +378,11 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
             yield from _leaves(each)
         else:
             yield each
+
+
+def _tell_event(how: str, resource: Resource, key: Key, changed: bool) -> None:
+    """At verbosity 4 (CFG-64)."""
+    _log.debug("object", how=how, resource=resource.value, object=str(key), differs=changed)
 
 
 def _tell_trouble(origin: str, subject: str, reason: str | None) -> None:

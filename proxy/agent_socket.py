@@ -48,9 +48,9 @@ VERSION = 1
 NAME = "agent.sock"
 LONGEST_REQUEST = 1 << 16
 TIMEOUT = 30.0
+"""Seconds without a byte after which the agent counts as stuck."""
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What a decoder raises where an answer, or a request, is none."""
-"""Seconds without a byte after which the agent counts as stuck."""
 
 T = TypeVar("T")
 

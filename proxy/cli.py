@@ -77,6 +77,11 @@ def run(ctx: click.Context, /, **params: Any) -> int:
 
         privileged.set_up_or_tell(settings)
         return 0
+    if settings.config:
+        import signal  # noqa: PLC0415  # likewise
+
+        # Following it begins with a look; a reload before that has nothing to do, and by default would end the process.
+        signal.signal(signal.SIGHUP, lambda *_: None)
     reading = None
     if not settings.manifests and not settings.takeover:
         # Before the agent is loaded, so that both go on at once.

@@ -26,10 +26,12 @@ _log = get_logger("sluice.agent")
 
 OTHERS_PATIENCE = 5.0
 """Seconds for which looking for what other modes have left gives way to the first sync of the other family."""
-
-
 COUNT_EVERY = 15.0
 """Seconds between two looks at what rules have counted."""
+RUNS_EVERY = 10.0
+"""Seconds between two looks whether a kube-proxy still runs that has rules here: without it they go stale."""
+RETRY = 5.0
+"""Seconds after which a health check's port that could not be listened on is tried again (HC-21)."""
 
 
 class Effects:
@@ -84,7 +86,10 @@ class Effects:
 
     async def _keep_up(self) -> None:
         while True:
-            await self._synced.wait()
+            # Who holds a health check's port may let it go while nothing changes here.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY if self._checks.refused else None):
+                    await self._synced.wait()
             self._synced.clear()
             no_local = self._desired.no_local(self._family)
             self._metrics.no_local(self._family, no_local.internal, no_local.external)
@@ -130,12 +135,21 @@ class Effects:
             await self._remove_kube_proxy()
 
     async def _remove_kube_proxy(self) -> None:
-        """Take away what kube-proxy has left, unless it runs (docs/takeover.md)."""
-        try:
-            for line in await asyncio.to_thread(takeover.take_over, self._family):
-                _log.info(line)
-        except takeover.RunningError as error:
-            _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
-        except DataplaneError as error:
-            self._metrics.cleanup_failed(self._family)
-            _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
+        """Take away what kube-proxy has left, as soon as it does not run (docs/takeover.md)."""
+        told = False
+        while True:
+            try:
+                done = await asyncio.to_thread(takeover.take_over, self._family)
+            except takeover.RunningError as error:
+                if not told:
+                    _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
+                told = True
+            except DataplaneError as error:
+                self._metrics.cleanup_failed(self._family)
+                _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
+                return
+            else:
+                for line in done:
+                    _log.info(line)
+                return
+            await asyncio.sleep(RUNS_EVERY)

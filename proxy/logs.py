@@ -7,14 +7,14 @@ same form, from warnings up.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from proxy.log_output import Output
 from proxy.report import one_line
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ Format = Literal["text", "json"]
 EVENTS_VERBOSITY = 4
 """From this verbosity on every single event is logged (CFG-64)."""
 
+SYNCS_VERBOSITY = 2
+"""From this verbosity on every sync is logged, and not only the first and repairs (CFG-64)."""
+
 _LEVEL_COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
 _DIM, _BOLD, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
@@ -47,7 +50,8 @@ Event = MutableMapping[str, Any]
 def get_logger(name: str) -> Any:
     """The logger of a part of Sluice, by its whole name: `sluice.agent`.
 
-    It follows `configure` even when it was made before.
+    It follows `configure` even when it was made before.  An event with the value `from_verbosity` is logged from that
+    verbosity on; the value itself is not.
     """
     return structlog.get_logger(name)
 
@@ -55,18 +59,21 @@ def get_logger(name: str) -> Any:
 def configure(format_: Format = "text", verbosity: int = 0, *, stream: TextIO | None = None) -> None:
     """Send logs to `stream` (standard error unless given).
 
-    Verbosity is kube-proxy's `-v`: below 4 from level info up, from 4 on everything.  Colours only on a terminal.
+    Verbosity is kube-proxy's `-v`: below 4 from level info up, as far as the event says
+    no `from_verbosity` beyond it; from 4 on everything.  Colours only on a terminal.
     """
     out = sys.stderr if stream is None else stream
+    output = Output(out, _tell_lost)
     structlog.configure(
         processors=[
+            _up_to(verbosity),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             _render_json if format_ == "json" else _TextRenderer(colours=out.isatty()),
         ],
         wrapper_class=_from_level(verbosity),
-        logger_factory=lambda name="": _StreamLogger(out, name),
+        logger_factory=lambda name="": _StreamLogger(output, name),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
@@ -79,27 +86,40 @@ def configure(format_: Format = "text", verbosity: int = 0, *, stream: TextIO | 
 
 def set_verbosity(verbosity: int) -> None:
     """Tell more or less from now on, in the form and to the stream that were configured."""
-    structlog.configure(wrapper_class=_from_level(verbosity))
+    _, *others = structlog.get_config()["processors"]
+    structlog.configure(wrapper_class=_from_level(verbosity), processors=[_up_to(verbosity), *others])
 
 
 def _from_level(verbosity: int) -> Any:
     return structlog.make_filtering_bound_logger(logging.DEBUG if verbosity >= EVENTS_VERBOSITY else logging.INFO)
 
 
+def _up_to(verbosity: int) -> Callable[[Any, str, Event], Event]:
+    """Drops what is for a higher verbosity."""
+
+    def drop(_logger: Any, _method: str, event: Event) -> Event:
+        if event.pop("from_verbosity", 0) > verbosity:
+            raise structlog.DropEvent
+        return event
+
+    return drop
+
+
 class _StreamLogger:
     """Where structlog hands a finished line."""
 
-    def __init__(self, stream: TextIO, name: str) -> None:
+    def __init__(self, output: Output, name: str) -> None:
         self.name = name
-        self._stream = stream
+        self._output = output
 
     def msg(self, line: str) -> None:
-        # A log that cannot be written (a full disk, a reader that left) is no reason to stop what it reports on.
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(f"{line}\n")
-            self._stream.flush()
+        self._output.write(line)
 
     log = debug = info = warn = warning = error = critical = fatal = exception = failure = err = msg
+
+
+def _tell_lost(lines: int) -> None:
+    get_logger("sluice.log").warning("nobody took the log for a while", lost_lines=lines)
 
 
 class _Forward(logging.Handler):

@@ -68,11 +68,12 @@ def node_ips(node: Node | None, override: Address | None = None, interfaces: Int
     """The node's addresses.
 
     `override` is a specific `bindAddress`: it replaces the address of its family, and makes that family the primary
-    one.  `interfaces` stand in for a Node that isn't known, where there is no cluster to know it.
+    one.  `interfaces` stand in for a Node that isn't known or says no addresses, where there is no cluster to know.
     """
     addresses = dict(_LOOPBACK)
     primary = Family.IPV4
-    found = list(_node_addresses(node) if node is not None else _interface_addresses(interfaces or {}))
+    found = [*_node_addresses(node)] if node is not None else []
+    found = found or [*_interface_addresses(interfaces or {})]
     if found:
         primary = family_of(found[0])
         for address in reversed(found):

@@ -6,7 +6,7 @@ what changed the value from before.  `take_changes` says which Services must be 
 changed back in between is none.  Nothing here walks all Services for one change.
 
 It reads no clock and writes no log: the time comes with the calls that need one, and whoever wants to hear of changes
-and troubles sets `on_change` and `on_trouble`.
+and troubles sets `on_change` and `on_trouble`, and `on_event` to hear of every report.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class _Table(dict[Key, T]):
 class State:
     """What is known of the cluster.  `started` is the time since the epoch; older triggers are not measured (EPS-13).
 
-    Of Nodes, only the one named `node_name` is kept, and its last version stays when it is deleted (NOD-8).
+    Of Nodes, only the one named `node_name` is kept, and its last version stays when it is deleted (NOD-8), its
+    addresses also when a later version has none.
     """
 
     def __init__(self, node_name: str, *, started: float = 0.0) -> None:
@@ -131,6 +132,8 @@ class State:
         """Called after each report that changed something, and after the first list of a resource anyway."""
         self.on_trouble: Callable[[str, str, str | None], None] = _ignore
         """Called with origin, subject and reason when a trouble is new, another, or (None) over."""
+        self.on_event: Callable[[str, Resource, Key, bool], None] = _ignore
+        """Called for each object that is reported after the first list: how, and whether that changed anything."""
 
     # --- what is known ---
 
@@ -231,16 +234,16 @@ class State:
 
     def replace(self, resource: Resource, objects: Iterable[Object]) -> None:
         """These are all objects of the resource."""
-        changed = resource not in self._listed
+        first = changed = resource not in self._listed
         known = self._known(resource)
         listed = {}
         for value in objects:
             key = value.key
             listed[key] = value
             if known.get(key) is not value:
-                changed |= self._put(resource, key, value)
+                changed |= self._put(resource, key, value) if first else self._report("listed", resource, key, value)
         for key in frozenset(known).difference(listed):
-            changed |= self._put(resource, key, None)
+            changed |= self._report("not listed", resource, key, None)
         self._held.pop(resource, None)
         self._listed.add(resource)
         if changed:
@@ -248,12 +251,12 @@ class State:
 
     def set(self, resource: Resource, value: Object) -> None:
         """The object is new or changed."""
-        if self._put(resource, value.key, value):
+        if self._report("set", resource, value.key, value):
             self.on_change()
 
     def delete(self, resource: Resource, key: Key) -> None:
         """The object is gone."""
-        if self._put(resource, key, None):
+        if self._report("deleted", resource, key, None):
             self.on_change()
 
     def trouble(self, origin: str, subject: str, reason: str | None) -> None:
@@ -280,6 +283,11 @@ class State:
             case Resource.NODES:
                 return {}
 
+    def _report(self, how: str, resource: Resource, key: Key, value: Object | None) -> bool:
+        changed = self._put(resource, key, value)
+        self.on_event(how, resource, key, changed)
+        return changed
+
     def _put(self, resource: Resource, key: Key, value: Object | None) -> bool:
         match resource:
             case Resource.SERVICES:
@@ -293,7 +301,16 @@ class State:
                 return self._put_node(cast("Node | None", value))
 
     def _put_node(self, value: Node | None) -> bool:
-        if value is None or value.metadata.name != self._node_name or value == self._node:
+        if value is None or value.metadata.name != self._node_name:
+            return False
+        bare = not value.status.addresses
+        if bare and self._node is not None and self._node.status.addresses:
+            # A Node that was deleted and registered again has none until its cloud's controller has seen it.
+            value = msgspec.structs.replace(value, status=self._node.status)
+            self.trouble("state", f"Node {self._node_name}", "it has no addresses now: those that it had hold")
+        elif not bare:
+            self.trouble("state", f"Node {self._node_name}", None)
+        if value == self._node:
             return False
         self._node = value
         self._node_changed = True

@@ -22,7 +22,7 @@ import msgspec
 
 from proxy.config.settings import DriftPolicy
 from proxy.desired import Desired
-from proxy.logs import get_logger
+from proxy.logs import SYNCS_VERBOSITY, get_logger
 from proxy.report import DriftSeen, LastSync, Syncs
 from proxy.runner import Allowance, Periods, Runner
 from proxy.state import State
@@ -265,7 +265,7 @@ class FamilySync:
             self._note_refused(applied)
         if applied.full or table is not None:
             self._read_again = self._clock() + self._periods.after(self._refusals)
-        self._tell(applied, delta, seconds)
+        self._tell(applied, delta, seconds, known)
         return not self._refused
 
     async def _apply(self, delta: Delta, table: ForwardingTable | None, known: bool) -> tuple[Applied, Drift | None]:
@@ -331,7 +331,7 @@ class FamilySync:
             diff=_first_lines(drift),
         )
 
-    def _tell(self, applied: Applied, delta: Delta, seconds: float) -> None:
+    def _tell(self, applied: Applied, delta: Delta, seconds: float, known: bool) -> None:
         """Count and log a sync that succeeded."""
         if not (delta or applied.operations or applied.full):
             return
@@ -346,6 +346,8 @@ class FamilySync:
             operations=applied.operations,
             bytes=applied.bytes_sent,
             seconds=round(seconds, 4),
+            # A change each second, and mode ipvs' look each 30 s, would be thousands of lines.
+            from_verbosity=0 if not known or (applied.full and applied.operations) else SYNCS_VERBOSITY,
         )
         for note in applied.notes:
             _log.warning(note, family=self.family.label)

@@ -53,7 +53,7 @@ def take_over(family: Family) -> list[str]:
     if not present(family):
         return []
     if running := who_runs():
-        raise RunningError(f"{running}: once it has ended, run sluice cleanup --of {PROXY}")
+        raise RunningError(f"{running}: they go once it has ended")
     return [*remove([family]), *takeover_ipvs.left()]
 
 

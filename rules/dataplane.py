@@ -6,7 +6,7 @@ some 0.1 s per 10,000 Services): the agent calls them from a worker thread, neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 from typing import Protocol as Interface
 
@@ -85,6 +85,19 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
     One that made a sync fail is not among them: the failure tells of it."""
     failed_partial_restores: int = 0
     """Those of them that were to write changes alone (MET-13)."""
+
+
+_REPAIRS = 10
+"""Repairs of one sync that notes name: a flushed table lacks hundreds of things, and the log need not have them all."""
+
+
+def repairs(damage: Iterable[str]) -> list[str]:
+    """Notes of a sync that repaired what a table said of its damage: the first by name, and how many more."""
+    found = sorted(damage)
+    notes = [f"repaired: {each}" for each in found[:_REPAIRS]]
+    if len(found) > _REPAIRS:
+        notes.append(f"repaired: {len(found) - _REPAIRS} more")
+    return notes
 
 
 class Stranger(NamedTuple):

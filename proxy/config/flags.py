@@ -170,7 +170,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("cleanup", Type.BOOL, help="remove everything of ours, and end", with_config=True),
     Flag("init-only", Type.BOOL, help="end where privileged preparations would be done", with_config=True),
     Flag("version", Type.STRING, help="print the version, and end", with_config=True),
-    _flag("v", "logging.verbosity", "verbosity of the log: 4 and above adds every event", with_config=True),
+    _flag(
+        "v", "logging.verbosity", "verbosity of the log: 2 and above adds every sync, 4 every event", with_config=True
+    ),
     _flag("logging-format", "logging.format", "text or json", with_config=True, words=("text", "json")),
     _flag("vmodule", "logging.vmodule", "verbosity by source file", with_config=True),
     _flag("log-flush-frequency", "logging.flushFrequency", "time between flushes of the log", with_config=True),

@@ -121,11 +121,15 @@ class Following:
                 if watcher is not None and watcher.writes(path) != written:
                     self._asked |= asked
                     self._changed.set()  # somebody wrote meanwhile
-                elif asked or news.problems != self._told or any(news.change):
+                elif asked or news.problems != self._told or any(news.change) or self._warns_otherwise(news):
                     self._told = news.problems
                     yield news
                     self._loaded = news.loaded
             await self._wait(watcher)
+
+    def _warns_otherwise(self, news: News) -> bool:
+        """Whether all that changed is what nobody understands: a field that was misspelt is told when it is written."""
+        return news.loaded.warnings != self._loaded.warnings
 
     def _look(self) -> News:
         try:

@@ -32,7 +32,8 @@ class _Server:
         self.port = port
         self.count = count
         self.listeners: list[Listener] = []
-        """None of them: it could not be listened on."""
+        self.refused = False
+        """Whether it could not be listened on."""
 
 
 class HealthCheckServers:
@@ -72,6 +73,11 @@ class HealthCheckServers:
         """The ports that are listened on."""
         return {key: server.port for key, server in self._servers.items() if server.listeners}
 
+    @property
+    def refused(self) -> bool:
+        """Whether there is a port that could not be listened on: the next `sync` tries it again."""
+        return any(server.refused for server in self._servers.values())
+
     def set_addresses(self, addresses: Iterable[Address] | None) -> None:
         """Listen on these addresses: what stands on others is closed, and opened anew by the next `sync`."""
         wanted = None if addresses is None else tuple(sorted(addresses))
@@ -104,12 +110,13 @@ class HealthCheckServers:
         except OSError as error:
             for listener in opened:
                 listener.close()
+            server.refused = True
             why = error.strerror or str(error)
             self._report(key, f"cannot serve health checks on port {server.port}: {why}")
             if self._failed is not None:
                 self._failed(key, server.port, why)
             return
-        server.listeners = opened
+        server.listeners, server.refused = opened, False
         self._report(key, None)
 
     def _close(self, key: Key) -> None:

@@ -33,13 +33,13 @@ debugging purposes only.
 """
 
 
-def statusz(request: Request, *, version: str, started: float, now: float, paths: Iterable[str]) -> Response:
-    """What runs here, since when (seconds since the epoch), and what else is served."""
+def statusz(request: Request, *, version: str, started: float, uptime: float, paths: Iterable[str]) -> Response:
+    """What runs here, since when (seconds since the epoch) and for how many seconds, and what else is served."""
     listed = sorted({f"/{path.split('/')[1]}" for path in paths})
     python = platform.python_version()
 
     def lines() -> Iterable[str]:
-        hours, rest = divmod(int(now - started), 3600)
+        hours, rest = divmod(int(uptime), 3600)
         moment = time.gmtime(started)
         yield f"Started: {time.strftime('%a %b', moment)} {moment.tm_mday:2} {time.strftime('%H:%M:%S UTC %Y', moment)}"
         yield f"Up: {hours} hr {rest // 60:02} min {rest % 60:02} sec"
@@ -53,7 +53,7 @@ def statusz(request: Request, *, version: str, started: float, now: float, paths
         lines(),
         {
             "startTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "uptimeSeconds": int(now - started),
+            "uptimeSeconds": int(uptime),
             "binaryVersion": version,
             "paths": listed,
         },

@@ -187,7 +187,7 @@ class MetricsPages:
         self._page = page
         self._metrics = metrics
         self._version = version
-        self._started = time.time()
+        self._started, self._monotonic = time.time(), time.monotonic()
         self._configz_now = configz or (lambda: settings.configz)
         self._pages: dict[str, Callable[[Request], Response]] = {
             "/metrics": lambda request: _exposed(*metrics.exposition_for(request.header("Accept"))),
@@ -228,7 +228,8 @@ class MetricsPages:
 
     def _statusz(self, request: Request) -> Response:
         paths = [*self._pages, *([profiles.PREFIX] if self._profiles else []), *([PAGE] if self._page else [])]
-        return pages.statusz(request, version=self._version, started=self._started, now=time.time(), paths=paths)
+        uptime = time.monotonic() - self._monotonic
+        return pages.statusz(request, version=self._version, started=self._started, uptime=uptime, paths=paths)
 
     def _set_verbosity(self, request: Request) -> Response:
         if request.method != "PUT":

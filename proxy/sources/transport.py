@@ -272,7 +272,7 @@ def _why(error: Exception) -> str:
         case aiohttp.ClientConnectorCertificateError(certificate_error=cause):
             text = f"the server's certificate is not trusted: {getattr(cause, 'verify_message', '') or cause}"
         case aiohttp.ClientConnectorError(host=host, port=port, os_error=cause):
-            text = f"cannot connect to {host}:{port}: {_system(cause)}"
+            text = f"cannot connect to {f'[{host}]' if ':' in host else host}:{port}: {_system(cause)}"
         case aiohttp.ClientHttpProxyError(status=status):
             text = f"the HTTP proxy answered {status}"
         case OSError() if not isinstance(error, (TimeoutError, aiohttp.ServerConnectionError)):
@@ -295,4 +295,6 @@ WORDS: Mapping[type[Exception], str] = {
 def _system(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
-    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
+    if error.errno and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return (error.strerror or str(error)).lower()  # of a name that cannot be resolved the numbers are others

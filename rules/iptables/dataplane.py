@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, RawItem, UnavailableError
+from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, RawItem, UnavailableError, repairs
 from rules.forwarding import Delta, Family, ForwardingTable, Frontend, Route, apply_delta
 from rules.iptables.decode import Reading, decode
 from rules.iptables.layout import Options
@@ -37,7 +37,6 @@ from rules.iptables.text import TABLES, Saved
 from rules.iptables.watch import OwnWrites, signature
 
 _LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
-_NOTES = 10
 
 
 class IptablesDataplane:
@@ -138,10 +137,7 @@ class IptablesDataplane:
             self._failed = failed  # the failure tells of those
             raise
         why = {table.routes[frontend].label or str(frontend): reason for frontend, reason in refused.items()}
-        damage = sorted(found.damage) if found else []
-        notes += [f"repaired: {each}" for each in damage[:_NOTES]]
-        if len(damage) > _NOTES:
-            notes.append(f"repaired: {len(damage) - _NOTES} chains more")
+        notes += repairs(found.damage if found else ())
         return self._applied(step, notes, full=True, found=found, refused=why)
 
     def _applied(

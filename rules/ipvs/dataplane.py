@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping
 
 import msgspec
 
-from rules.dataplane import Applied, Capabilities, DataplaneError, Raw
+from rules.dataplane import Applied, Capabilities, DataplaneError, Raw, repairs
 from rules.diff import fit
 from rules.forwarding import (
     Delta,
@@ -46,8 +46,6 @@ from rules.ipvs.node import check_scheduler
 from rules.ipvs.plan import size, steps
 from rules.ipvs.raw import frontends_of, raw_items
 from rules.ipvs.sets import Set
-
-_NOTES = 10
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,7 +148,7 @@ class IpvsDataplane:
                 reading = self._decode(found) if found else None
                 if not tried and reading is not None:
                     first = reading.table
-                    notes = _notes(first)
+                    notes = repairs(first.damage)
                 tried += 1
                 try:
                     done += self._write(wanted, found, reading)
@@ -304,11 +302,3 @@ def _is_of(family: Family, prefix: Prefix) -> bool:
 def _without(table: ForwardingTable, frontends: Mapping[Frontend, str]) -> ForwardingTable:
     routes = {frontend: route for frontend, route in table.routes.items() if frontend not in frontends}
     return msgspec.structs.replace(table, routes=routes)
-
-
-def _notes(found: ForwardingTable) -> list[str]:
-    damage = sorted(found.damage)
-    notes = [f"repaired: {each}" for each in damage[:_NOTES]]
-    if len(damage) > _NOTES:
-        notes.append(f"repaired: {len(damage) - _NOTES} more")
-    return notes

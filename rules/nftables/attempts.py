@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from rules.dataplane import Applied
+from rules.dataplane import Applied, repairs
 from rules.forwarding import Endpoint, Family, ForwardingTable, NodeFacts
 from rules.netlink.errors import LostAnswerError, StaleGenerationError, TransactionError
 from rules.nftables import names
@@ -130,7 +130,7 @@ class Attempts:
             why_refused=self._refused,
             full=True,
             found=self._found,
-            notes=(*notes, *(f"repaired: {each}" for each in sorted(damage))),
+            notes=(*notes, *repairs(damage)),
         )
 
     def exhausted(self) -> str:

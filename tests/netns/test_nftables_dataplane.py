@@ -314,3 +314,16 @@ def test_large_tables_are_written_in_one_transaction_and_read_back(dataplane: Nf
     table = ForwardingTable(family=Family.IPV4, routes=routes)
     dataplane.sync(table)
     assert dataplane.read() == table
+
+
+def test_a_flushed_table_is_told_in_some_lines(dataplane: NftablesDataplane) -> None:
+    """Its chains lack hundreds of rules: the log names the first, and says how many more there are."""
+    table = EVERYTHING
+    dataplane.sync(table)
+    subprocess.run(["nft", "flush", "table", "ip", "sluice"], check=True)
+    applied = dataplane.sync(table)
+    assert dataplane.read() == table
+    *named, more = applied.notes
+    assert len(named) == 10
+    assert all(re.fullmatch("repaired: chain .* lacks its rule .*", each) for each in named)
+    assert re.fullmatch(r"repaired: \d{3} more", more)

@@ -253,6 +253,23 @@ def test_a_second_agent_names_the_first(start, tmp_path):
     assert first.stop() == 0
 
 
+def test_a_reload_ends_nobody_who_still_waits_for_his_turn(start, tmp_path):
+    path = tmp_path / "config.yaml"
+    text = "conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}\nmode: nftables\n"
+    text += f"oomScoreAdj: {Path('/proc/self/oom_score_adj').read_text()}"
+    path.write_text(f"apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{text}")
+    first = start(manifests(tmp_path))
+    first.wait_for("starting")
+    second = start(f"{manifests(tmp_path)} --config={path} --takeover", quiet="--hostname-override=node1")
+    second.wait_for("waiting")
+    path.write_text(path.read_text() + "mod: x\n")
+    second.process.send_signal(signal.SIGHUP)
+    assert first.stop() == 0
+    second.wait_for("starting")
+    second.wait_for("unknown field mod")
+    assert second.stop() == 0
+
+
 # --- ports -----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +306,24 @@ def test_cfg_55_a_taken_port_ends_the_agent_where_it_is_told_to(server, start, t
         started = start(f"{manifests(tmp_path)} --bind-address-hard-fail")
         assert started.ends() == 1
     assert expected in only_line(started)
+
+
+def test_hc_21_a_taken_health_check_port_is_taken_once_it_is_free_though_nothing_changes(start, tmp_path):
+    ports = [{"port": 80, "nodePort": 30080}]
+    local = {"externalTrafficPolicy": "Local", "healthCheckNodePort": 30123}
+    cluster = {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20"]}
+    balanced = {"type": "LoadBalancer", "ports": ports, **cluster, **local}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "lb", "namespace": "ns"}, "spec": balanced}
+    source = manifests(tmp_path)
+    (tmp_path / "manifests/objects.json").write_text(json.dumps(service))
+    with listening(("0.0.0.0", 30123)):
+        started = start(source, quiet=QUIET.replace("primary", "0.0.0.0/0"))
+        started.wait_for("in trouble .*cannot serve health checks on port 30123: Address already in use")
+    started.wait_for("no longer in trouble .*health check IPv4")
+    with socket.create_connection(("127.0.0.1", 30123), DEADLINE) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 503 ")
+    assert started.stop() == 0
 
 
 def test_a_port_that_takes_a_privilege_names_it(start, tmp_path):
@@ -401,6 +436,16 @@ def test_a_server_without_tls_where_tls_is_expected_is_one_line(start, tmp_path)
 
 
 # --- the machine -----------------------------------------------------------------------------------------------
+
+
+def test_cfg_64_at_verbosity_4_every_object_that_comes_is_a_line(start, tmp_path):
+    started = start(f"{manifests(tmp_path)} -v=4")
+    started.wait_for("synced .*IPv4")
+    spec = {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20"], "ports": [{"port": 80}]}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "ns"}, "spec": spec}
+    (tmp_path / "manifests/objects.json").write_text(json.dumps(service))
+    started.wait_for("debug +sluice.agent +object +how=set resource=services object=ns/web differs=True")
+    assert started.stop() == 0
 
 
 def test_missing_manifests_are_one_line_and_are_waited_for(start, tmp_path):

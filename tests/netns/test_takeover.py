@@ -104,6 +104,10 @@ def test_rules_of_a_kube_proxy_that_runs_stay_and_the_agent_says_so(clean: World
         assert f"{wanted}: stop it first" in done.stderr
         running.kill()
         running.wait(timeout=DEADLINE)
+        eventually(lambda: not theirs.there(), "the end of its rules, which nobody keeps up to date")
+        assert agent.log.read_text().count("rules of kube-proxy stay") == len(agent.families)
+        assert served(clean)
+        theirs.load()
         # Beside the agent, which is no obstacle to it.
         done = cleanup(clean, "--of", "kube-proxy")
         assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ It is started as kubeadm starts it, beside what a kubelet of its time writes.  N
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -217,6 +218,8 @@ def test_the_verbs_beside_the_real_program_say_what_it_holds_and_where_it_lags(
             assert "DAMAGE" not in held.stdout
             done = sluice(clean, *verify)
             assert done.returncode == 0, done.stdout + done.stderr
+            assert "listed" not in done.stdout + done.stderr
+            assert json.loads(sluice(clean, *verify, "-o", "json").stdout)["equal"]
             assert f"IPv4 in kube-proxy's iptables-{backend} rules: equal to what https://" in done.stdout
             assert f"IPv6 in kube-proxy's iptables-{backend} rules: equal to what https://" in done.stdout
             done = cleanup(clean, "--of", "kube-proxy")

@@ -111,6 +111,6 @@ def test_the_agent_takes_over_where_rules_are_and_nobody_writes_them(monkeypatch
     assert asked == [Family.IPV4]
     monkeypatch.setattr(takeover, "who_runs", lambda: "kube-proxy runs")
     assert takeover.take_over(Family.IPV6) == [], "without rules there is nothing to say"
-    with pytest.raises(RunningError, match="kube-proxy runs: once it has ended, run sluice cleanup --of kube-proxy"):
+    with pytest.raises(RunningError, match="kube-proxy runs: they go once it has ended"):
         takeover.take_over(Family.IPV4)
     assert asked == [Family.IPV4]

@@ -133,6 +133,19 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path):
     run(test, tmp_path)
 
 
+def test_a_misspelt_field_is_told_when_it_is_written(tmp_path):
+    async def test(follower, path):
+        path.write_text(verbosity(0) + "clusterCIDRs: 10.0.0.0/8\n")
+        news = await follower.next()
+        assert (news.change, news.problems) == (Change(), ())
+        [warning] = news.loaded.warnings
+        assert "unknown field clusterCIDRs; did you mean clusterCIDR?" in warning
+        path.write_text(verbosity(0))
+        assert not (await follower.next()).loaded.warnings
+
+    run(test, tmp_path)
+
+
 def test_a_file_that_is_replaced_is_read_again(tmp_path):
     async def test(follower, path):
         for number in (1, 2):

@@ -21,7 +21,7 @@ STARTED = 1_729_112_623.0  # Wed Oct 16 21:03:43 UTC 2024
 
 def statusz(accept="", **more):
     fields = f"Accept: {accept}\r\n".encode() if accept else b""
-    arguments = {"version": "1.2.3", "started": STARTED, "now": STARTED + 3_723.5, "paths": ("/metrics", "/a/b")}
+    arguments = {"version": "1.2.3", "started": STARTED, "uptime": 3_723.5, "paths": ("/metrics", "/a/b")}
     return pages.statusz(Request("GET", "/statusz", fields=fields), **(arguments | more))
 
 

@@ -75,6 +75,18 @@ def test_cfg_64_single_events_are_told_from_verbosity_4(verbosity, shown):
     assert bool(out.getvalue()) is shown
 
 
+@pytest.mark.parametrize(("verbosity", "shown"), [(0, False), (1, False), (2, True), (9, True)])
+def test_what_is_for_a_higher_verbosity_is_not_told(verbosity, shown):
+    told = []
+    for first in (verbosity, 5):
+        out = io.StringIO()
+        logs.configure("json", first, stream=out)
+        logs.set_verbosity(verbosity)
+        logs.get_logger("sluice.sync").info("synced", from_verbosity=2)
+        told.append([json.loads(line).keys() for line in out.getvalue().splitlines()])
+    assert told == [[{"time", "level", "logger", "event"}] if shown else []] * 2
+
+
 def test_another_verbosity_leaves_the_form_and_the_stream():
     out = io.StringIO()
     logs.configure("json", stream=out)

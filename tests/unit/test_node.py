@@ -86,6 +86,8 @@ def test_an_unknown_node_has_loopback_and_without_a_cluster_its_interfaces() -> 
     alone = NodeIPs(V4, {V4: parse_address("192.168.0.2"), V6: parse_address("2001:db8::1")})
     assert node_ips(None, None, INTERFACES) == alone
     assert node_ips(KNOWN, None, {}) == alone
+    # A Node by hand, that says its zone alone.
+    assert node_ips(node(labels={"a": "b"}), None, INTERFACES) == alone
     assert node_ips(None, None, {"lo": INTERFACES["lo"]}).known(V4) is None
 
 

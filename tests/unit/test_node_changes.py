@@ -123,14 +123,15 @@ def test_nod_7_another_address_acts_at_once_on_node_ports_and_source_ranges():
     assert changed <= {at("1.2.3.4:80")}
 
 
-def test_nod_7_a_node_that_loses_its_addresses_keeps_the_agent():
+def test_nod_7_a_node_that_loses_its_addresses_keeps_those_that_it_had():
     running = Running(mode="nftables")
     running.has(service(), endpoint_slice([endpoint("10.0.1.1")]))
     running.is_node(node(addresses={"InternalIP": ["192.168.0.2"]}))
     running.changes()
     running.is_node(node())
     running.changes()
-    assert running.desired.facts(V4).node_port_addresses is None  # CFG-31: primary without an address is all of them
+    # As in kube-proxy, which reads them at its start alone: `primary` without an address would be all of them (CFG-31).
+    assert running.desired.facts(V4).node_port_addresses == {parse_address("192.168.0.2")}
     assert at("172.30.0.41:80") in running.desired.table(V4).routes
 
 

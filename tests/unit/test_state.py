@@ -146,6 +146,44 @@ def test_nod8_only_the_own_node_counts_and_its_last_version_stays() -> None:
     assert state.node == own
 
 
+def test_cfg_64_each_report_after_the_first_list_is_told_and_whether_it_changes_anything() -> None:
+    state, told = State(NODE, started=1000.0), []
+    state.on_event = lambda *event: told.append(event)
+    state.prepare(SERVICES, [service("a")])
+    state.replace(SERVICES, [service("a"), service("b")])
+    assert told == []
+    state.set(SERVICES, service("a"))
+    state.set(SLICES, endpoint_slice(name="a-1"))
+    state.delete(SERVICES, Key("ns", "a"))
+    state.replace(SERVICES, [service("c")])
+    assert told == [
+        ("set", SERVICES, Key("ns", "a"), False),
+        ("set", SLICES, Key("ns", "a-1"), True),
+        ("deleted", SERVICES, Key("ns", "a"), True),
+        ("listed", SERVICES, Key("ns", "c"), True),
+        ("not listed", SERVICES, Key("ns", "b"), True),
+    ]
+
+
+def test_nod7_a_node_that_is_registered_again_keeps_its_addresses_until_it_has_others() -> None:
+    """As in kube-proxy, which reads them once.  Without any, `primary` would be every address of the node (CFG-31)."""
+    state, told = fresh(), []
+    state.on_trouble = lambda _origin, subject, reason: told.append((subject, reason))
+    known = node(addresses={"InternalIP": ["10.0.0.1"]})
+    state.replace(NODES, [known])
+    state.take_changes()
+    state.delete(NODES, Key("", NODE))
+    state.set(NODES, node())
+    assert not state.take_changes()
+    state.set(NODES, node(labels={"a": "b"}))
+    assert state.take_changes() == Changes(node=True)
+    assert state.node == node(labels={"a": "b"}, addresses={"InternalIP": ["10.0.0.1"]})
+    assert told == [(f"Node {NODE}", "it has no addresses now: those that it had hold")]
+    state.set(NODES, node(addresses={"InternalIP": ["10.0.0.2"]}))
+    assert state.node == node(addresses={"InternalIP": ["10.0.0.2"]})
+    assert told[1:] == [(f"Node {NODE}", None)]
+
+
 def test_service_cidrs_are_kept_and_their_change_is_told() -> None:
     state = fresh()
     cidr = convert(ServiceCIDR, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.0.0.0/16"]}})

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import structlog
 
 from proxy import desired
 from proxy.compute import Outcome
@@ -35,7 +36,7 @@ class Memory:
         self.held: ForwardingTable | None = None
         self.calls: list[str] = []
         self.threads: list[int] = []
-        self.fails = 0
+        self.fails = self.operations = 0
 
     def _call(self, name: str) -> None:
         self.threads.append(threading.get_ident())
@@ -50,7 +51,7 @@ class Memory:
     def sync(self, table: ForwardingTable) -> Applied:
         self._call("sync")
         self.held = table
-        return Applied(full=True)
+        return Applied(full=True, operations=self.operations)
 
     def apply(self, delta: Delta) -> Applied:
         self._call("apply")
@@ -146,6 +147,24 @@ def test_the_first_sync_is_whole_and_the_next_ones_are_deltas() -> None:
         await until(lambda: rig.kernel.calls == ["sync", "apply"] and rig.wanted())
 
     running(scenario)
+
+
+def test_cfg_64_syncs_are_told_from_verbosity_2_but_for_the_first_and_for_repairs() -> None:
+    """The others would be most of a node's log."""
+
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(lambda: rig.kernel.calls == ["sync"])
+        rig.state.set(Resource.SERVICES, service("dns", cluster_ip="10.96.0.10"))
+        await until(lambda: rig.kernel.calls == ["sync", "apply"] and rig.wanted())
+        for number, rig.kernel.operations in enumerate((0, 7), 3):
+            rig.sync.doubt()
+            await until(lambda number=number: len(rig.kernel.calls) == number and not rig.sync.at_work)
+
+    with structlog.testing.capture_logs() as told:
+        running(scenario)
+    synced = [(each["full"], each["operations"], each["from_verbosity"]) for each in told if each["event"] == "synced"]
+    assert synced == [(True, 0, 0), (False, 0, 2), (True, 0, 2), (True, 7, 0)]
 
 
 def test_a_small_delta_is_applied_on_the_loops_own_thread_and_a_large_one_is_not() -> None:
