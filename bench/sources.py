@@ -1,8 +1,9 @@
 """What dump, explain and verify cost when their answer comes from files, each in a process of its own.
 
-The files are of one large node: kube-proxy's rules as iptables-save, `nft list ruleset` and `nft -j list ruleset` print
-them, its objects, and a bundle, which an agent that carries the same Services makes beside kube-proxy's rules.  What is
-decoded is what the objects come to: verify says so, or there are no figures.
+The files are of one large node: kube-proxy's rules as iptables-save, `nft list ruleset` and `nft -j list ruleset`
+print them, what ipvsadm and ipset print in mode ipvs, its objects, and a bundle, which an agent that carries the same
+Services makes beside kube-proxy's rules.  What is decoded is what the objects come to: verify says so, or there are no
+figures.
 
     python -m bench.sources [--baseline CHECKOUT]
 
@@ -27,7 +28,11 @@ from bench.cluster import NODE, PORT, Cluster
 from bench.report import Row
 from bench.rounds import Place
 from bench.verbs import Cost
+from proxy.config.load import load as load_settings
+from proxy.render import render
+from proxy.sources.manifests import load as load_manifests
 from rules.foreign.nft_model import TABLE
+from tests.kube_proxy_ipvs import lay_out
 
 TARGET = 2.0
 """Seconds from the start of the command to its end, at 10,000 Services."""
@@ -45,15 +50,23 @@ class Files(NamedTuple):
 
 def write(cluster: Cluster, directory: Path) -> Files:
     """Rules and objects of a cluster."""
+    objects = {"json": manifests.write_json(cluster, directory), "yaml": manifests.write_yaml(cluster, directory)}
     rules = {
         "iptables-save": kube_proxy.iptables_save(cluster).encode(),
         "nft": kube_proxy.nft_text(cluster).encode(),
         "nft -j": kube_proxy.nft_json(cluster),
+        "ipvs": ipvs_texts(objects["json"]),
     }
     for name, data in rules.items():
         (directory / name).write_bytes(data)
-    objects = {"json": manifests.write_json(cluster, directory), "yaml": manifests.write_yaml(cluster, directory)}
     return Files({name: str(directory / name) for name in rules}, {name: str(path) for name, path in objects.items()})
+
+
+def ipvs_texts(objects: Path) -> bytes:
+    """What ipvsadm, ipset, iptables-save and `ip -j addr` print together where mode ipvs serves these objects."""
+    settings = load_settings([("proxy-mode", "ipvs"), ("hostname-override", NODE)]).settings
+    tables = render(load_manifests(str(objects)), settings, NODE).tables
+    return b"".join(lay_out(each).all for each in tables if each.routes)
 
 
 def commands(cluster: Cluster, files: Files) -> dict[str, list[str]]:

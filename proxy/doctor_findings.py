@@ -8,8 +8,10 @@ import msgspec
 
 from proxy.doctor_finding import WORST_FIRST, Finding, Severity, subject_of
 from proxy.doctor_way import clashing, on_the_way
-from proxy.explain.causes import Cause, causes_of, key_of_label, unjudged
+from proxy.explain.cause import Cause
+from proxy.explain.causes import causes_of, key_of_label
 from proxy.explain.evidence import Cluster, Evidence
+from proxy.explain.node_causes import unjudged
 from proxy.explain.surroundings import Surroundings
 from proxy.report import FamilyReport, Status
 from proxy.status import STALE, duration
@@ -45,6 +47,8 @@ _OF_CAUSE: Mapping[str, Severity] = {
 _ELSEWHERE = {Family.IPV4: parse_address("192.0.2.1"), Family.IPV6: parse_address("2001:db8::1")}
 """An address for documentation: no node has it."""
 _LOOPBACK = parse_address("127.0.0.1")
+_MOST_DAMAGE = 20
+"""How many sentences of damage are told of a family; dump has all."""
 _NOBODY = tuple(map(parse_prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3", "::/128", "::1/128", "ff00::/8")))
 """Networks of which no packet comes in: a range `0.0.0.0/32` is one that was to be `/0`."""
 
@@ -111,14 +115,16 @@ def _of_the_node(known: Known) -> Iterator[Finding]:
             what = f"the kernel does not hold what is wanted: {summary(each.drift)}"
             subject = f"{each.drift.family.label} in {each.dataplane}"
             yield Finding(severity="error", subject=subject, kind="drift", what=what, next=known.compare)
+    yield from _of_damage(known)
     if known.surroundings is not None:
         for cause in dict.fromkeys(_node_causes(known, known.surroundings)):
             severity: Severity = "critical" if cause.certain else _OF_CAUSE.get(cause.kind, "error")
             yield Finding(severity=severity, subject="node", kind=cause.kind, what=cause.words, next=cause.next)
         for family, table in known.tables.items():
-            if not table.node.relayed:  # what a proxy relays it sends itself, and its sockets are its own
-                yield from on_the_way(family, table, known.surroundings, known.cluster)
-                yield from clashing(table, known.surroundings)
+            own = _node_port_address(table, known.surroundings, family)
+            yield from on_the_way(family, table, known.surroundings, known.cluster, own)
+            if not table.node.relayed:  # else the sockets are the proxy's own
+                yield from clashing(table, known.surroundings, reserved=bool(known.carrier))
     for family, table in known.tables.items():
         if table.node.node_port_addresses == frozenset() and any(each.is_node_port for each in table.routes):
             what = "no address of this node answers node ports, and Services have some (nodePortAddresses)"
@@ -127,12 +133,25 @@ def _of_the_node(known: Known) -> Iterator[Finding]:
             )
 
 
+def _of_damage(known: Known) -> Iterator[Finding]:
+    """What is wrong with the rules by themselves, where nobody knows what is wanted; else it is drift."""
+    if not known.absent:
+        return
+    whose = known.carrier or "sluice"
+    command = f"sluice dump --of {whose}" if known.carrier else "sluice dump"
+    for family, table in known.tables.items():
+        for sentence in sorted(table.damage)[:_MOST_DAMAGE]:
+            what = f"the rules of {whose} in the kernel are damaged: {sentence}"
+            yield Finding(severity="error", subject=family.label, kind="damage", what=what, next=command)
+
+
 def _node_causes(known: Known, node: Surroundings) -> Iterator[Cause]:
     """What stands in the way of connections whatever the Service, as one that goes to a pod elsewhere meets it."""
     # Rules of others are asked about real backends.
     bound = any(table.node.bound for table in known.tables.values())
-    apart = tuple(chain for chain in node.chains if chain.rules is None or not chain.forwards)
-    node = unjudged(node) if bound else msgspec.structs.replace(node, chains=apart)
+    chains = (unjudged(node) if bound else node).chains
+    apart = tuple(chain._replace(hook="") for chain in chains if chain.rules is None or not chain.forwards)
+    node = msgspec.structs.replace(node, chains=apart)
     evidence = Evidence(source="kernel", words="", tables={}, surroundings=node)
     families = [family for family, table in known.tables.items() if table.routes] or [Family.IPV4]
     for family in families:

@@ -6,47 +6,74 @@ What of others drops is told by rule, with the Services that it concerns; of wha
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from proxy.doctor_finding import Finding, Severity, subject_of
-from proxy.explain.causes import kind_of, perhaps_words, words_of
+from proxy.explain.crossing import Journey, bases_of, carried_by, met
 from proxy.explain.evidence import Cluster
-from proxy.explain.obstacles import Obstacle, lost_ways, obstacles, passing, some
-from proxy.explain.passing import Passing
-from proxy.explain.surroundings import Surroundings
-from rules.forwarding import Address, Backend, Family, ForwardingTable, Kind, Protocol, format_address, parse_address
-
-
-class _Target(NamedTuple):
-    """What a forwarded packet goes to."""
-
-    backend: Backend
-    protocol: Protocol
-    inside: bool
-    """Whether by a ClusterIP, which pods use, and keep their addresses."""
+from proxy.explain.node_causes import kind_of, perhaps_words, words_of
+from proxy.explain.obstacles import (
+    Obstacle,
+    listeners_command,
+    lost_ways,
+    obstacles,
+    passing,
+    some,
+    unheard,
+    unheard_words,
+)
+from proxy.explain.passing import Chains, Passing, Stage, may_drop
+from proxy.explain.surroundings import HOOKS, ForeignChain, Hook, Surroundings
+from rules.forwarding import (
+    Address,
+    Backend,
+    Family,
+    ForwardingTable,
+    Kind,
+    NodeFacts,
+    Protocol,
+    format_address,
+    parse_address,
+)
 
 
 def on_the_way(
-    family: Family, table: ForwardingTable, node: Surroundings, cluster: Cluster | None
+    family: Family, table: ForwardingTable, node: Surroundings, cluster: Cluster | None, own: Address | None
 ) -> Iterator[Finding]:
-    """What stands between this node and the backends that are not its own addresses."""
-    services = _targets(table, node)
-    if not services:
-        return
-    yield from _lost(services, node, _here(cluster))
-    if table.node.bound:
-        return  # as `proxy.explain.causes.unjudged` says
-    packets: dict[Passing, dict[str, None]] = {}
-    # For the same answer each time, as backends are a set.
-    for target in sorted(services):
-        masqueraded = table.node.masquerade_all if target.inside else None
-        packet = passing(target.backend, target.protocol, node, masqueraded=masqueraded)
-        packets.setdefault(packet, {}).update(services[target])
-    judged = obstacles(family, node, tuple(packets))
+    """What stands between clients, this node and the backends.
+
+    Args:
+        family: of the table.
+        table: what is wanted.
+        node: with the ways to its backends.
+        cluster: the objects behind it, where they are known.
+        own: an address of the node at which node ports answer; None: there is none.
+    """
+    yield from _lost(table, node, _here(cluster))
+    yield from _unheard(table, node)
+    facts = table.node
+    # Of what IPVS sends on answers alone are forwarded, as `proxy.explain.node_causes.unjudged` says.
+    hooks = [hook for hook in HOOKS if hook != "forward" or not (facts.bound or facts.relayed)]
+    for (hook, stage), bases in bases_of(node, family, hooks).items():
+        dropping = [(base, chains) for base, chains in bases if base.drops or may_drop(base.name, chains)]
+        if dropping and (packets := _packets(hook, stage, table, node, own)):
+            yield from _of_chains(hook, dropping, packets, family, facts)
+
+
+def _of_chains(
+    hook: Hook,
+    bases: Iterable[tuple[ForeignChain, Chains]],
+    packets: Mapping[Passing, Iterable[str]],
+    family: Family,
+    facts: NodeFacts,
+) -> Iterator[Finding]:
+    """What the chains that stand in one place do with packets."""
+    # Elsewhere it is the node's own connections that fail, or those to its own programs.
+    stops_all = hook in ("prerouting", "forward") or facts.relayed or facts.bound
+    judged = obstacles(bases, tuple(packets))
     perhaps: dict[str, list[Obstacle]] = {}
     for each in judged.obstacles:
         if each.surely:
-            yield _finding(each, packets, every=len(each.surely) == len(packets))
+            yield _finding(each, packets, every=stops_all and len(each.surely) == len(packets))
         elif each.rule is None:
             yield Finding(
                 severity="warning", subject="node", kind=kind_of(each), what=words_of(each), next=each.listing
@@ -59,7 +86,7 @@ def on_the_way(
         yield Finding(
             severity=severity,
             subject="node",
-            kind="forward-rule-perhaps",
+            kind=f"{kind_of(those[0])}-perhaps",
             what=perhaps_words(those),
             next=those[0].listing,
         )
@@ -68,16 +95,31 @@ def on_the_way(
         yield Finding(severity="note", subject=family.label, kind="not-looked-at", what=what, next="sluice trace")
 
 
-def _targets(table: ForwardingTable, node: Surroundings) -> dict[_Target, dict[str, None]]:
-    """What packets are forwarded to, and for whom."""
-    services: dict[_Target, dict[str, None]] = {}
+def _packets(
+    hook: Hook, stage: Stage, table: ForwardingTable, node: Surroundings, own: Address | None
+) -> dict[Passing, dict[str, None]]:
+    """What comes to chains that stand there, whoever sends it, and for whom."""
+    facts = table.node
+    carried = carried_by(facts)
+    # What IPVS sends on passes output as well.
+    senders = (True, False) if facts.bound and hook == "output" else (hook == "output",)
+    found: dict[Passing, dict[str, None]] = {}
     for frontend, route in table.routes.items():
         subject = subject_of(route.label or str(frontend))
+        address = frontend.address or own
+        # By a ClusterIP come pods, which keep their addresses.
+        marked = facts.masquerade_all if route.kind is Kind.CLUSTER_IP else None
         for backend in route.backends:
-            if backend.address not in node.addresses:
-                target = _Target(backend, frontend.protocol, route.kind is Kind.CLUSTER_IP)
-                services.setdefault(target, {})[subject] = None
-    return services
+            to = passing(backend, frontend.protocol, node, masqueraded=marked)
+            stays = backend.address in node.addresses
+            journeys = [Journey(to, to, "plain", by_node=True, stays=stays)] if facts.relayed else []
+            if address is not None:
+                sent = Passing(address, frontend.protocol, frontend.port)
+                journeys += [Journey(sent, to, carried, by_node, stays) for by_node in senders]
+            for _, seen in met(hook, stage, journeys):
+                found.setdefault(seen, {})[subject] = None
+    # For the same answer each time, as backends are a set.
+    return {each: found[each] for each in sorted(found, key=lambda each: (each[:3], each.incoming, str(each)))}
 
 
 def _finding(each: Obstacle, services: Mapping[Passing, Iterable[str]], *, every: bool) -> Finding:
@@ -122,21 +164,23 @@ def _services(subjects: Sequence[str]) -> str:
     return f"Service{'s' if len(names) > 1 else ''} {some(names)}"
 
 
-def _lost(
-    services: Mapping[_Target, Iterable[str]], node: Surroundings, here: Collection[Address]
-) -> Iterator[Finding]:
+def _lost(table: ForwardingTable, node: Surroundings, here: Collection[Address]) -> Iterator[Finding]:
     """Backends that the node does not reach, by why that is so."""
-    addresses = {target.backend.address for target in services}
-    lost = lost_ways(sorted(addresses), node, here)
+    services: dict[Address, dict[str, None]] = {}
+    for frontend, route in table.routes.items():
+        for backend in route.backends:
+            if backend.address not in node.addresses:
+                services.setdefault(backend.address, {})[subject_of(route.label or str(frontend))] = None
+    lost = lost_ways(sorted(services), node, here)
     for why in dict.fromkeys(lost.values()):
         those = [each for each in lost if lost[each] == why]
-        names = {name for target, labels in services.items() if target.backend.address in those for name in labels}
+        names = {name for address in those for name in services[address]}
         what = (
             f"the node has no way to {some(map(format_address, those))}: {why} (routes to pods are the CNI's), "
             f"for {_services(sorted(names))}"
         )
         yield Finding(
-            severity="critical" if len(those) == len(addresses) else "error",
+            severity="critical" if len(those) == len(services) else "error",
             subject="node",
             kind="no-route",
             what=what,
@@ -144,12 +188,34 @@ def _lost(
         )
 
 
-def clashing(table: ForwardingTable, node: Surroundings) -> Iterator[Finding]:
-    """Node ports at which a process of the node waits for clients, and gets none: the rules are first."""
+def _unheard(table: ForwardingTable, node: Surroundings) -> Iterator[Finding]:
+    """Backends that are the node itself, where no process of it listens."""
+    found: dict[tuple[Protocol, Backend], dict[str, None]] = {}
+    for frontend, route in table.routes.items():
+        for backend in unheard(route.backends, frontend.protocol, node):
+            found.setdefault((frontend.protocol, backend), {})[subject_of(route.label or str(frontend))] = None
+    for (protocol, backend), subjects in sorted(found.items()):
+        for subject in subjects:
+            what = unheard_words([backend], protocol)
+            next_ = listeners_command(protocol, backend.port)
+            yield Finding(severity="error", subject=subject, kind="no-listener", what=what, next=next_)
+
+
+def clashing(table: ForwardingTable, node: Surroundings, *, reserved: bool = False) -> Iterator[Finding]:
+    """Node ports at which a process of the node waits for clients, and gets none: the rules are first.
+
+    `reserved`: where there is a listener at every one of them, it is the proxy itself, as kube-proxy was before it gave
+    that up (TRF-22).
+    """
+    listening = {
+        frontend: (frontend.protocol.name, frontend.port) in node.listening
+        for frontend in table.routes
+        if frontend.is_node_port and frontend.protocol is not Protocol.SCTP
+    }
+    if reserved and all(listening.values()):
+        return
     for frontend, route in sorted(table.routes.items()):
-        port = (frontend.protocol.name, frontend.port)
-        if frontend.is_node_port and port in node.listening:
-            option = "lntp" if frontend.protocol is Protocol.TCP else "lnup"
+        if listening.get(frontend):
             what = (
                 f"a process of this node listens on {frontend.port}/{frontend.protocol.name}, which is a node port of "
                 f"{route.label or 'a Service'}: connections go to the Service, and that process gets none"
@@ -159,5 +225,5 @@ def clashing(table: ForwardingTable, node: Surroundings) -> Iterator[Finding]:
                 subject=subject_of(route.label or str(frontend)),
                 kind="node-port-listener",
                 what=what,
-                next=f"ss -{option} 'sport = :{frontend.port}'",
+                next=listeners_command(frontend.protocol, frontend.port),
             )

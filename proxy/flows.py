@@ -4,7 +4,9 @@ Whose flow it is, is read from the kernel's rules.  What is stale is told by the
 endpoints that serve without being used for new connections.  Without an agent the rules have to do: then an endpoint
 that terminates and still serves counts as gone.
 
-0: done.  2: something could not be read or deleted.
+In mode userspace connection tracking has no flow of a Service: a note says where they are.
+
+0: done.  1: no Service is what was asked for.  2: something could not be read or deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from rules.netlink.conntrack_table import Conntrack
 Format = Literal["table", "count", "json"]
 Open = Callable[[str, Family], Dataplane]
 
-_RELAYED = "in mode userspace flows are the workers' own, and connection tracking does not know them (see sluice trace)"
+_RELAYED = (
+    "in mode userspace workers carry the flows, and connection tracking has none: sluice dump --counters counts those "
+    "that are open, sluice trace tells of new ones, and UDP flows to endpoints that are gone end by themselves"
+)
 _HEADINGS = ("SERVICE", "CLIENT", "FRONTEND", "BACKEND", "STATE")
 _COUNT_HEADINGS = ("SERVICE", "BACKEND", "FLOWS", "UNANSWERED", "STALE")
 
@@ -71,12 +76,16 @@ class Chosen(NamedTuple):
     stale: bool = False
     """Stale ones alone."""
 
+    def names(self, label: str) -> bool:
+        """Whether a Service's port is asked for."""
+        key, _, _ = label.partition(":")
+        return self.service in {"", label, key, key.partition("/")[2]}
+
     def admits(self, found: Found) -> bool:
         """Whether a flow is asked for."""
-        key, _, _ = found.service.partition(":")
         flow = found.flow
         return (
-            self.service in {"", found.service, key, key.partition("/")[2]}
+            self.names(found.service)
             and self.address in {b"", flow.source, flow.destination, flow.reply_source}
             and (found.stale or not self.stale)
         )
@@ -96,6 +105,10 @@ class Report(NamedTuple):
     """How many were deleted; None: none was to be."""
     whose: str = "sluice"
     """The proxy whose Services they go through."""
+    notes: Sequence[str] = ()
+    """What should be known beside them, a line each."""
+    unknown: str = ""
+    """The Service that was asked for, if none of that name has a frontend."""
 
 
 def main(
@@ -150,10 +163,12 @@ def look(
     deleted: int | None = 0 if delete_stale else None
     chosen = chosen._replace(stale=chosen.stale or delete_stale)
     judge = "the agent"
+    notes: list[str] = []
+    labelled = any(chosen.names(route.label) for table in tables for route in table.routes.values())
+    unknown = chosen.service if tables and not labelled else ""
     for table in tables:
         if table.node.relayed:
-            if _RELAYED not in problems:
-                problems.append(_RELAYED)
+            notes = [_RELAYED]
             continue
         serving = _ask(table.family, run_directory, problems)
         if serving is None:
@@ -167,7 +182,8 @@ def look(
             problems.append(f"connection tracking of {table.family.label}: {error}")
             continue
         found += flows
-    return Report(judge, found, problems, len(tables), deleted, "kube-proxy" if other else "sluice")
+    whose = "kube-proxy" if other else "sluice"
+    return Report(judge, found, problems, len(tables), deleted, whose, notes, "" if found else unknown)
 
 
 def _read_other() -> tuple[list[Shown], list[str]]:
@@ -182,16 +198,19 @@ def _read_other() -> tuple[list[Shown], list[str]]:
 
 
 def show(report: Report, format_: Format, out: TextIO) -> int:
-    """Print what was found; 0, or 2 if something could not be read or deleted."""
-    for problem in report.problems:
+    """Print what was found; the exit code, as the head of this module says."""
+    for problem in (*report.problems, *report.notes):
         sys.stderr.write(f"sluice conntrack: {problem}\n")
     if not report.tables and not report.problems:
         sys.stderr.write(f"sluice conntrack: nothing of {report.whose} is in the kernel of this network namespace\n")
-    elif not report.flows and not report.problems and report.deleted is None:
+    elif report.unknown:
+        sys.stderr.write(f"sluice conntrack: no Service {report.unknown} has a frontend here: sluice dump lists them\n")
+    elif not report.flows and not (report.problems or report.notes) and report.deleted is None:
         sys.stderr.write("sluice conntrack: there is no such flow\n")
     deleted = report.deleted
     if format_ == "json":
         value: dict[str, Any] = {"judgedBy": report.judge, "flows": [to_json(each) for each in report.flows]}
+        value["notes"] = list(report.notes)
         out.write(json.dumps(value if deleted is None else {**value, "deleted": deleted}, indent=2) + "\n")
     else:
         out.writelines(f"{line}\n" for line in (_counts if format_ == "count" else _lines)(report.flows))
@@ -201,7 +220,7 @@ def show(report: Report, format_: Format, out: TextIO) -> int:
         elif stale:
             out.write(f"{_count(stale, 'flow')} of {len(report.flows)} stale, judged by {report.judge}")
             out.write(": sluice conntrack --delete-stale deletes them\n")
-    return 2 if report.problems else 0
+    return 2 if report.problems else int(bool(report.unknown))
 
 
 def serving_of(table: ForwardingTable) -> dict[Frontend, Serving]:

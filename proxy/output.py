@@ -310,6 +310,10 @@ def _write_plain(shown: Shown, out: TextIO, *, wide: bool) -> None:
         out.write(f"{line.rstrip()}\n")
 
 
+_WRAPPED = frozenset({"BACKENDS", "NOTES"})
+"""Columns that are wrapped between words where a terminal is narrow."""
+
+
 def _write_rich(shown: Shown, out: TextIO, *, wide: bool) -> None:
     from rich.console import Console  # noqa: PLC0415  # 60 ms that a pipe does without
     from rich.table import Table  # noqa: PLC0415  # likewise
@@ -318,16 +322,24 @@ def _write_rich(shown: Shown, out: TextIO, *, wide: bool) -> None:
     console = Console(file=out)
     console.print(Text(_title(shown), style="bold"))
     for line in facts_lines(shown.table) if wide or shown.table.routes else ():
-        console.print(Text(f"  {line}", style="dim"))
+        console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
     for sentence in sorted(shown.table.damage):
-        console.print(Text(f"  DAMAGE          {sentence}", style="bold red"))
+        console.print(Text(f"  DAMAGE          {sentence}", style="bold red"), soft_wrap=True)
     rows = table_rows(shown.table)
     if not rows:
         return
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     styles: Mapping[str, str] = {"SERVICE": "cyan", "FRONTEND": "green", "NOTES": "yellow"}
-    for heading in _HEADINGS:
-        grid.add_column(heading, style=styles.get(heading), overflow="fold", no_wrap=heading == "FRONTEND")
-    for row in rows:
-        grid.add_row(*(Text(cell) for cell in _cells(row, wide=wide)))
-    console.print(grid)
+    cells = [_cells(row, wide=wide) for row in rows]
+    least = 0
+    for heading, column in zip(_HEADINGS, zip(*cells, strict=True), strict=True):
+        whole = heading not in _WRAPPED
+        texts = [heading, *column] if whole else [heading, *(word for cell in column for word in cell.split())]
+        longest = max(map(len, texts))
+        grid.add_column(heading, style=styles.get(heading), overflow="fold", no_wrap=whole, min_width=longest)
+        least += longest + 2
+    for each in cells:
+        grid.add_row(*map(Text, each))
+    # In a terminal that is too narrow for whole names and addresses its own way of wrapping lines has to do.
+    wide_enough = Console(file=out, width=max(console.width, least))
+    wide_enough.print(grid)

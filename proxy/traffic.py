@@ -110,7 +110,12 @@ def _lines(rows: Iterable[Row], *, wide: bool) -> Iterator[str]:
     """Aligned text: a line for each service port, or when wide for each of its frontends and backends."""
     if wide:
         cells = [
-            (row.service, row.frontend or "-", row.backend or "(gone)", *_figures(row.traffic))
+            (
+                row.service,
+                row.frontend or "(all)",
+                row.backend or ("(gone)" if row.frontend else "(all)"),
+                *_figures(row.traffic),
+            )
             for row in sorted(rows, key=lambda row: (row.service, row.family, row.frontend, row.backend))
         ]
         heads: tuple[str, ...] = _PARTS

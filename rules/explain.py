@@ -64,6 +64,7 @@ from rules.node_ports import answers_node_ports, is_loopback
 _KEPT = "The source address is kept"
 _MASQUERADED = "The source address is replaced by the node's (masquerade)"
 _RELAYED = "A proxy on this node takes the connection and makes one of its own: the backend sees the node's address"
+_STAYING = "the backend is this node itself, and sources are replaced of what leaves it"
 _LOCAL = "External traffic policy Local"
 _SCHEDULERS = {"": "at random", "round-robin": "in turn", "least-connections": "by its connections, the fewest first"}
 
@@ -190,6 +191,42 @@ class _Walk:
 
     def _choose(self, frontend: Frontend, route: Route) -> Explanation | None:
         """The end of a packet that finds a backend."""
+        local_list, masquerade, why = self._offer(frontend, route)
+        chosen = sorted((route.local_backends or ()) if local_list else route.backends)
+        if not chosen:
+            return None
+        count = len(chosen)
+        how = _SCHEDULERS.get(route.scheduler, f"by the scheduler {route.scheduler}")
+        words = f"One of {count} backends is chosen {how}" if count > 1 else f"The only backend is {chosen[0]}"
+        self._tell(StepKind.BALANCE, words, "TRF-3", frontend, route)
+        if route.affinity:
+            words = f"A client that comes again within {route.affinity} s gets the backend that it had"
+            self._tell(StepKind.AFFINITY, words, "TRF-24", frontend, route)
+        if self._facts.relayed:
+            masquerade, why = True, (_RELAYED, "TRF-9")
+        staying = [each for each in chosen if masquerade and self._stays(each)]
+        if len(staying) == count:
+            why = f"{_KEPT}: {_STAYING}", "TRF-9"
+        self._tell(StepKind.MASQUERADE, *why, frontend, route)
+        if 0 < len(staying) < count:
+            words = f"{_KEPT} on the way to {listed(map(str, staying))}: {_STAYING}"
+            self._tell(StepKind.MASQUERADE, words, "TRF-9", frontend, route)
+        shares = tuple(
+            Share(
+                backend=each,
+                probability=1 / count,
+                masqueraded=each not in staying and (masquerade or self._is_hairpin(each)),
+            )
+            for each in chosen
+        )
+        itself = [share.backend for share in shares if share.masqueraded and not masquerade]
+        if itself:
+            words = f"If the client gets itself ({listed(map(str, itself))}), the source address is replaced (hairpin)"
+            self._tell(StepKind.HAIRPIN, words, "TRF-7", frontend, route)
+        return self._end(Reaches(shares, route.affinity), frontend, route, local_list=local_list)
+
+    def _offer(self, frontend: Frontend, route: Route) -> tuple[bool, bool, tuple[str, str]]:
+        """Whether only local backends are offered; whether the source is replaced; why, and the clause."""
         local_list, masquerade, why = False, False, ("", "")
         if route.kind is Kind.CLUSTER_IP:
             words, clause = "A ClusterIP offers all clients the same backends", "TRF-2"
@@ -207,28 +244,14 @@ class _Walk:
             words, clause = f"{_LOCAL} offers outsiders the backends on this node only", "TRF-4"
             local_list, why = True, (f"{_KEPT}, as external traffic policy Local promises", "TRF-8")
         self._tell(StepKind.POLICY, words, clause, frontend, route)
-        chosen = sorted((route.local_backends or ()) if local_list else route.backends)
-        if not chosen:
-            return None
-        count = len(chosen)
-        how = _SCHEDULERS.get(route.scheduler, f"by the scheduler {route.scheduler}")
-        words = f"One of {count} backends is chosen {how}" if count > 1 else f"The only backend is {chosen[0]}"
-        self._tell(StepKind.BALANCE, words, "TRF-3", frontend, route)
-        if route.affinity:
-            words = f"A client that comes again within {route.affinity} s gets the backend that it had"
-            self._tell(StepKind.AFFINITY, words, "TRF-24", frontend, route)
-        if self._facts.relayed:
-            masquerade, why = True, (_RELAYED, "TRF-9")
-        self._tell(StepKind.MASQUERADE, *why, frontend, route)
-        shares = tuple(
-            Share(backend=each, probability=1 / count, masqueraded=masquerade or self._is_hairpin(each))
-            for each in chosen
-        )
-        itself = [share.backend for share in shares if share.masqueraded and not masquerade]
-        if itself:
-            words = f"If the client gets itself ({listed(map(str, itself))}), the source address is replaced (hairpin)"
-            self._tell(StepKind.HAIRPIN, words, "TRF-7", frontend, route)
-        return self._end(Reaches(shares, route.affinity), frontend, route, local_list=local_list)
+        return local_list, masquerade, why
+
+    def _stays(self, backend: Backend) -> bool:
+        """Whether a packet that comes in ends at a socket of the node: it is not sent out, where sources are replaced.
+
+        What the node sends to itself is, by its loopback.
+        """
+        return not self._sent_here and not self._facts.relayed and self._is_local(backend.address)
 
     def _masquerade_cluster_ip(self) -> tuple[bool, tuple[str, str]]:
         if self._facts.masquerade_all:

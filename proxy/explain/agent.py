@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from proxy import agent_socket
@@ -11,6 +12,7 @@ from proxy.compute import Decision, View, compute, semantics_of
 from proxy.explain.asked import Asked, AskedAddress
 from proxy.explain.causes import key_of_label
 from proxy.explain.evidence import Cluster
+from proxy.explain.mentions import naming
 from proxy.objects import EndpointSlice, Key, ObjectError, Service, convert
 from proxy.report import EndpointReport, Status
 from proxy.selection import Reason
@@ -43,7 +45,10 @@ def ask(asked: Asked, families: Iterable[Family], run_directory: str) -> Known:
     slices: dict[Key, tuple[EndpointSlice, ...]] = {}
     claims: dict[Key, Mapping[tuple[Family, Frontend], Route]] = {}
     decided: dict[tuple[Key, Family], tuple[Decision, ...]] = {}
-    for key in _concerned(asked, wanted.values()):
+    concerned = _concerned(asked, wanted.values())
+    if isinstance(asked, AskedAddress) and not concerned:
+        services = {each.key: each for each in naming(_services(run_directory), asked.address)}
+    for key in concerned:
         service, slices[key] = _objects(key, run_directory)
         if service is None:
             continue
@@ -97,6 +102,14 @@ def _concerned(asked: Asked, tables: Iterable[ForwardingTable]) -> set[Key]:
         for address in (asked.address, b"")
     )
     return {key for route in found if route is not None and (key := key_of_label(route.label)) is not None}
+
+
+def _services(run_directory: str) -> Iterator[Service]:
+    """All that can be read."""
+    for each in agent_socket.objects("", run_directory):
+        with contextlib.suppress(ObjectError, KeyError, TypeError):
+            if each["kind"] == Service.KIND:
+                yield convert(Service, each)
 
 
 def _objects(key: Key, run_directory: str) -> tuple[Service | None, tuple[EndpointSlice, ...]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from proxy.compute import Decision
 from proxy.explain.asked import Asked, AskedAddress, AskedService, Client
-from proxy.explain.causes import Cause, causes_of
+from proxy.explain.cause import Cause
+from proxy.explain.causes import causes_of
 from proxy.explain.disagreement import disagreements
 from proxy.explain.evidence import Cluster, Evidence
-from proxy.objects import Service
+from proxy.explain.mentions import not_answered
+from proxy.objects import Key, Service
 from proxy.selection import Reason
 from rules.explain import explain
-from rules.explanation import Explanation, Origin, Packet, Reaches, verdict
+from rules.explanation import Explanation, Origin, Packet, Reaches, listed, verdict
 from rules.forwarding import (
     Address,
     Family,
@@ -27,6 +30,9 @@ from rules.forwarding import (
     family_of,
 )
 from rules.node_ports import answers_node_ports, is_loopback
+
+_MOST_NEAR = 3
+"""How many names that are like one that is not there are told."""
 
 
 class Unused(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +107,10 @@ def answer(asked: Asked, client: Client, evidence: Evidence) -> Answers:
             answers.append(_answer(frontend, frontend._replace(address=destination), client, evidence, label))
     if not answers and not missing:
         missing.append(_nothing(asked, evidence))
+    service = evidence.cluster.services.get(asked.key) if evidence.cluster is not None else None
+    if answers and service is not None:
+        notes = tuple(not_answered(service))
+        evidence = msgspec.structs.replace(evidence, problems=(*evidence.problems, *notes))
     return Answers(asked=str(asked), evidence=evidence, answers=tuple(answers), missing=tuple(missing))
 
 
@@ -121,13 +131,17 @@ def _answer(frontend: Frontend, tried: Frontend, client: Client, evidence: Evide
     differing = tuple(disagreements(compared, family, evidence))
     drifted = bool(differing) and evidence.source == "kernel" and evidence.cluster is not None
     causes = causes_of(explanation, evidence, service, decisions, drifted=drifted)
+    if differing and evidence.source == "kernel" and evidence.cluster is None:
+        # Nobody knows what is wanted: it is damage, of which a table cannot tell what it does.
+        words = "the kernel's rules are damaged, and may do something else than what is told here"
+        causes = (*causes, Cause(kind="damage", words=words, next="sluice dump"))
     if conflict := _conflict(frontend, label, evidence.cluster):
         causes = (conflict, *causes)
     if differing and evidence.source == "agent" and evidence.kernel is not None:
         held = evidence.kernel.get(family) or ForwardingTable(family=family)
         causes = (_drift(explain(held, packet, evidence.local_addresses)), *causes)
     others: tuple[Explanation, ...] = ()
-    if client == Client(interface=client.interface):
+    if client == Client(interface=client.interface) and not is_loopback(tried.address):
         packets = (_packet(tried, client, each, evidence) for each in Origin if each is not origin)
         others = tuple(explain(table, each, evidence.local_addresses) for each in packets)
     return Answer(
@@ -156,7 +170,9 @@ def _table(evidence: Evidence, family: Family) -> ForwardingTable:
 
 
 def _usual_origin(tried: Frontend, frontend: Frontend, table: ForwardingTable) -> Origin:
-    """ClusterIPs are for pods, everything else is for outsiders."""
+    """ClusterIPs are for pods, loopback is for the node itself, everything else is for outsiders."""
+    if is_loopback(tried.address):
+        return Origin.NODE  # a pod's or an outsider's is its own
     route = table.routes.get(frontend) or table.routes.get(tried)
     if route is not None:
         return Origin.LOCAL_POD if route.kind is Kind.CLUSTER_IP else Origin.ELSEWHERE
@@ -193,7 +209,8 @@ def _is_bound(destination: Address, evidence: Evidence) -> bool:
     """Whether an address is the node's own for its frontends' sake: then it is its own source too (IPVS-14)."""
     table = _table(evidence, family_of(destination))
     is_ours = destination in evidence.local_addresses or is_loopback(destination)
-    return table.node.bound and not is_ours and any(each.address == destination for each in table.routes)
+    held = table.node.bound or table.node.relayed
+    return held and not is_ours and any(each.address == destination for each in table.routes)
 
 
 def _own_source(destination: Address, evidence: Evidence) -> Address | None:
@@ -267,7 +284,8 @@ def _nothing(asked: AskedService, evidence: Evidence) -> str:
         if why:
             return f"Service {asked.key} is there, and cannot be used: {why}"
         known = "There is no Service" if evidence.cluster is not None else f"In {evidence.words} nothing is labelled"
-        return f"{known} {asked.key}"
+        near = _near(asked.key, evidence)
+        return f"{known} {asked.key}{f'; there is {listed(near)}' if near else ''}"
     spec = service.spec
     if spec.type == "ExternalName":
         return f"Service {asked.key} is of type ExternalName: DNS gives its clients another name (SVC-4)"
@@ -278,6 +296,24 @@ def _nothing(asked: AskedService, evidence: Evidence) -> str:
         return f"Service {asked.key} has no port {asked.port}; it has {ports}"
     why = "its addresses cannot be used" if spec.ports else "it has no ports"
     return f"Service {asked.key} gets no rules on this node: {why}"
+
+
+def _near(key: Key, evidence: Evidence) -> list[str]:
+    """Services whose names are nearly that, those of the same name in other namespaces first."""
+    labels = {
+        route.label.partition(":")[0]
+        for family in Family
+        for table in _known(evidence, family)
+        for route in table.routes.values()
+    }
+    keys = sorted(labels.union(evidence.cluster.names) if evidence.cluster is not None else labels)
+    by_name: dict[str, list[str]] = {}
+    for each in keys:
+        by_name.setdefault(each.partition("/")[2], []).append(each)
+    if key.name in by_name:
+        return by_name[key.name][:_MOST_NEAR]
+    near = [each for name in difflib.get_close_matches(key.name, by_name, _MOST_NEAR) for each in by_name[name]]
+    return sorted(near, key=lambda each: not each.startswith(f"{key.namespace}/"))[:_MOST_NEAR]
 
 
 # --- what objects add ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from rules.forwarding import Address, Protocol, format_host
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[0-9.]+)):(?P<port>\d{1,5})(?:/(?P<protocol>\w+))?")
 _NAME = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _SERVICE = re.compile(rf"(?P<namespace>{_NAME})/(?P<name>{_NAME})(?::(?P<port>[-a-z0-9]+))?")
+_KIND = r"(?:svc|services?)"
+_KUBECTLS = re.compile(rf"(?:(?P<namespace>[^/:]+)/)?{_KIND}/(?P<rest>[^/]+)|(?P<alone>{_NAME}(?::[-a-z0-9]+)?)")
+_FORMS = "ADDRESS:PORT[/PROTO] (10.96.0.1:443, [fd00::1]:53/UDP) nor [NAMESPACE/]SERVICE[:PORT]"
 
 
 class AskedAddress(NamedTuple):
@@ -34,7 +38,10 @@ class AskedService(NamedTuple):
     """The port's name or number; empty: all."""
 
     def __str__(self) -> str:
-        return f"{self.key}:{self.port}" if self.port else str(self.key)
+        namespace, name = self.key
+        # A namespace of such a name would be read as a kind.
+        service = f"{namespace}/svc/{name}" if re.fullmatch(_KIND, namespace) else str(self.key)
+        return f"{service}:{self.port}" if self.port else service
 
 
 Asked = AskedAddress | AskedService
@@ -49,8 +56,19 @@ class Client(NamedTuple):
     """By which interface its packets come in; empty: not known."""
 
 
+def qualified(text: str, namespace: str = "") -> str:
+    """A question with a Service as `NAMESPACE/NAME[:PORT]`, where it is `NAME`, `svc/NAME` or `NAMESPACE/svc/NAME`.
+
+    `namespace` is that of who says none; empty: `default`, as kubectl has it.
+    """
+    found = _KUBECTLS.fullmatch(text)
+    if found is None:
+        return text
+    return f"{found['namespace'] or namespace or 'default'}/{found['rest'] or found['alone']}"
+
+
 def parse_asked(text: str) -> Asked:
-    """`ADDRESS:PORT[/PROTO]` or `NAMESPACE/SERVICE[:PORT]`.
+    """`ADDRESS:PORT[/PROTO]` or a Service, as `qualified` takes it.
 
     Raises:
         ValueError: it is neither.
@@ -63,11 +81,24 @@ def parse_asked(text: str) -> Asked:
         if not 0 < int(found["port"]) < 65536:
             raise ValueError(f"port {found['port']} is not in 1..65535")
         return AskedAddress(lenient_address(found["v6"] or found["v4"]), int(found["port"]), protocol)
-    if found := _SERVICE.fullmatch(text):
+    if found := _SERVICE.fullmatch(qualified(text)):
         return AskedService(Key(found["namespace"], found["name"]), found["port"] or "")
-    raise ValueError(
-        f"{text!r} is neither ADDRESS:PORT[/PROTO] (10.96.0.1:443, [fd00::1]:53/UDP) nor NAMESPACE/SERVICE[:PORT]"
-    )
+    raise ValueError(_not_understood(text))
+
+
+def _not_understood(text: str) -> str:
+    """What is wrong with a question, and how it is meant to be."""
+    address, _, rest = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        host = format_host(lenient_address(text.removeprefix("[").removesuffix("]")))
+        return f"{text!r} has no port: {host}:80, or {host}:53/UDP"
+    with contextlib.suppress(ValueError):
+        lenient_address(address.removeprefix("[").removesuffix("]"))
+        if not rest[:1].isdigit():
+            return f"{rest!r} is no port number: with a port's name ask about the Service, NAMESPACE/SERVICE:{rest}"
+    if _SERVICE.fullmatch(qualified(text.lower())):
+        return f"{text!r}: names of Services and namespaces have no capital letters"
+    return f"{text!r} is neither {_FORMS}"
 
 
 def parse_client(text: str, interface: str = "") -> Client:

@@ -7,35 +7,27 @@ Three things can keep a client from its Service: the rules (the objects say why 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-
-import msgspec
+from collections.abc import Iterator, Mapping, Sequence
 
 from proxy.compute import Decision
+from proxy.explain.cause import Cause
 from proxy.explain.evidence import Cluster, Evidence
-from proxy.explain.obstacles import Obstacle, backends_in, lost_ways, obstacles, passing, some
-from proxy.explain.passing import Passing
-from proxy.explain.surroundings import Surroundings
+from proxy.explain.mentions import cause_of
+from proxy.explain.node_causes import of_the_node, unjudged
 from proxy.objects import Key, Service
 from proxy.selection import Reason
-from rules.explanation import Explanation, Origin, Reaches, StepKind, Why
-from rules.forwarding import Address, Backend, Family, ForwardingTable, Kind, family_of, format_address, format_host
+from rules.explanation import Explanation, Packet, Reaches, StepKind, Why, listed, name_of
+from rules.forwarding import (
+    ForwardingTable,
+    Frontend,
+    Kind,
+    NodeFacts,
+    Route,
+    family_of,
+    format_address,
+    format_host,
+)
 from rules.node_ports import node_port_words
-
-NEARLY_FULL = 0.95
-"""The part of the conntrack table from which it is worth a word."""
-
-
-class Cause(msgspec.Struct, frozen=True, kw_only=True):
-    """One likely cause."""
-
-    kind: str
-    """What it is, for programs: `no-slices`, `ip-forward` and so on."""
-    words: str
-    next: str = ""
-    """The command to go on with."""
-    certain: bool = False
-    """Whether it alone keeps the connection from working, whatever the rules say."""
 
 
 def causes_of(
@@ -56,18 +48,19 @@ def causes_of(
         drifted: whether the table explained is the kernel's, and is not what is wanted: that is cause enough.
     """
     found: list[Cause] = []
-    if not drifted:
-        found += _of_the_rules(explanation, evidence, service, decisions)
-    elif not isinstance(explanation.outcome, Reaches):
+    if drifted:
         found.append(_drift(evidence.proxy))
+    else:
+        found += _of_the_rules(explanation, evidence, service, decisions)
     if evidence.surroundings is not None:
         own = evidence.cluster.view.node_name if evidence.cluster is not None else None
         here = {each.endpoint for each in decisions if own is not None and each.node == own}
         node = evidence.surroundings
         table = evidence.tables.get(family_of(explanation.packet.destination))
-        if table is not None and table.node.bound:
+        facts = table.node if table is not None else NodeFacts()
+        if facts.bound:
             node = unjudged(node)
-        found += _of_the_node(explanation, node, here)
+        found += of_the_node(explanation, node, here, facts)
     return tuple(found)
 
 
@@ -79,12 +72,6 @@ def _drift(proxy: str) -> Cause:
         return Cause(kind="drift", words=words, next=f"sluice verify --of {proxy}")
     words = f"{what}; the agent repairs that, unless its driftPolicy is report"
     return Cause(kind="drift", words=words, next="sluice verify")
-
-
-def unjudged(node: Surroundings) -> Surroundings:
-    """The node without others' rules, but for policies: IPVS sends packets itself, and answers alone are forwarded."""
-    chains = tuple(each._replace(rules=None) for each in node.chains)
-    return msgspec.structs.replace(node, chains=chains)
 
 
 def key_of_label(label: str) -> Key | None:
@@ -223,11 +210,52 @@ def _unknown(explanation: Explanation, evidence: Evidence, table: ForwardingTabl
         words = "the kernel holds no rules of sluice: the agent has not run here, or has not synced yet"
         return Cause(kind="no-rules", words=words, next="sluice status")
     packet = explanation.packet
+    port = f"{packet.port}/{packet.protocol.name}"
+    routes = table.routes if table is not None else {}
+    at_node_port = routes.get(Frontend(b"", packet.protocol, packet.port))
     if packet.destination in evidence.local_addresses:
-        words = f"no Service has the node port {packet.port}/{packet.protocol.name}"
-        return Cause(kind="no-node-port", words=words, next=f"kubectl get services -A | grep -Fw {packet.port}")
+        return _no_node_port(packet, None if at_node_port else routes)
+    services = evidence.cluster.services.values() if evidence.cluster is not None else ()
+    if (named := cause_of(services, packet.destination)) is not None:
+        return named
+    if (endpoint := _endpoint(packet, routes)) is not None:
+        return endpoint
+    if at_node_port is not None:
+        words = (
+            f"{port} is a node port of {name_of(at_node_port)}, and {address} is no address of this node: if it is "
+            "another node's, that one is to be asked"
+        )
+        return Cause(kind="node-port-elsewhere", words=words, next=f"kubectl get nodes -o wide | grep -Fw {address}")
     words = f"no Service has the address {address}: its Service was deleted, or the client uses an old or wrong address"
     return Cause(kind="no-service", words=words, next=f"kubectl get services -A -o wide | grep -Fw {address}")
+
+
+def _no_node_port(packet: Packet, routes: Mapping[Frontend, Route] | None) -> Cause:
+    """That a port of the node is no Service's, or one of another protocol."""
+    other = next((each for each in sorted(routes or ()) if each.is_node_port and each.port == packet.port), None)
+    if other is not None:
+        words = f"the node port {packet.port} is for {other.protocol.name} only"
+        next_ = f"sluice explain {other._replace(address=packet.destination)}"
+        return Cause(kind="node-port-protocol", words=words, next=next_)
+    words = f"no Service has the node port {packet.port}/{packet.protocol.name}"
+    return Cause(kind="no-node-port", words=words, next=f"kubectl get services -A | grep -Fw {packet.port}")
+
+
+def _endpoint(packet: Packet, routes: Mapping[Frontend, Route]) -> Cause | None:
+    """That an address is a backend's own, if it is."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for frontend, route in routes.items():
+        for each in route.backends:
+            if each.address == packet.destination:
+                same = (each.port, frontend.protocol) == (packet.port, packet.protocol)
+                found[same].add(name_of(route))
+    names = sorted(found[True] or found[False])
+    if not names:
+        return None
+    what = format_host(packet.destination) + (f":{packet.port}" if found[True] else "")
+    words = f"{what} is an endpoint of {listed(names, 3)}: what goes to its own address passes no Service"
+    service = names[0].partition(":")[0]
+    return Cause(kind="endpoint", words=words, next=f"sluice explain {service}" if "/" in service else "")
 
 
 def _none_serves(decisions: Sequence[Decision], where: str = "") -> str:
@@ -248,131 +276,3 @@ def _slices(key: Key | None) -> str:
 
 def _get(key: Key | None, kind: str, path: str) -> str:
     return f"kubectl -n {key.namespace} get {kind} {key.name} -o jsonpath='{path}'" if key is not None else ""
-
-
-# --- the node ----------------------------------------------------------------------------------------------------
-
-
-def _of_the_node(explanation: Explanation, node: Surroundings, local: Collection[str]) -> Iterator[Cause]:
-    packet, outcome = explanation.packet, explanation.outcome
-    family = family_of(packet.destination)
-    if proxies := node.other_proxies:
-        words = f"another service proxy has rules here ({', '.join(proxies)}), which may come first"
-        yield Cause(kind="other-proxy", words=words, next="sluice cleanup --of kube-proxy")
-    if node.conntrack is not None:
-        tracked, most = node.conntrack
-        if tracked >= most * NEARLY_FULL:
-            words = f"the conntrack table holds {tracked} of {most} connections: while it is full, new ones are dropped"
-            next_ = "sysctl net.netfilter.nf_conntrack_max"
-            yield Cause(kind="conntrack-full", words=words, next=next_, certain=tracked >= most)
-    if not isinstance(outcome, Reaches):
-        return
-    if packet.destination[:1] == b"\x7f" and len(packet.destination) == 4 and node.route_localnet is False:
-        words = "net.ipv4.conf.all.route_localnet is 0, so what goes to loopback never leaves it"
-        next_ = "sysctl -w net.ipv4.conf.all.route_localnet=1"
-        yield Cause(kind="route-localnet", words=words, next=next_, certain=True)
-    away = [share.backend for share in outcome.shares if share.backend.address not in node.addresses]
-    if explanation.origin is Origin.NODE or not away:
-        return
-    every = len(away) == len(outcome.shares)
-    here = {each.address for each in away if str(each) in local}
-    yield from _of_routes(away, node, here, every=every)
-    yield from _of_forwarding(family, node, every=every)
-    back = node.ways.get(packet.source) if packet.source is not None else None
-    incoming = packet.interface or (back.interface if back is not None else "")
-    # Who gets itself is masqueraded behind all that, and bears no mark yet.
-    marked = {
-        share.backend: None if share.backend.address == packet.source else share.masqueraded for share in outcome.shares
-    }
-    packets = [
-        passing(each, packet.protocol, node, masqueraded=marked[each])._replace(source=packet.source, incoming=incoming)
-        for each in away
-    ]
-    yield from _of_others(obstacles(family, node, packets).obstacles, packets, every=every)
-
-
-def _of_others(found: Sequence[Obstacle], packets: Sequence[Passing], *, every: bool) -> Iterator[Cause]:
-    """Others' rules that stand in the way; of those that only may, one cause for each table."""
-    perhaps: dict[str, list[Obstacle]] = {}
-    for each in found:
-        certain = every and len(each.surely) == len(packets)
-        if each.surely:
-            yield Cause(kind=kind_of(each), words=words_of(each), next=each.listing, certain=certain)
-        elif each.rule is None:
-            yield Cause(kind=kind_of(each), words=words_of(each), next=each.listing)
-        else:
-            perhaps.setdefault(each.base.place, []).append(each)
-    for those in perhaps.values():
-        yield Cause(kind="forward-rule-perhaps", words=perhaps_words(those), next=those[0].listing)
-
-
-def kind_of(each: Obstacle) -> str:
-    """The kind of the cause that an obstacle is."""
-    return "forward-drop" if each.rule is None else "forward-rule"
-
-
-def words_of(each: Obstacle) -> str:
-    """What an obstacle does to packets."""
-    if each.rule is None:
-        if each.surely:
-            return (
-                f"{each.place} is DROP, and no rule there accepts what goes to {backends_in(each.surely)}, as "
-                f"`{each.remedy}` would"
-            )
-        return (
-            f"{each.place} is DROP: what is forwarded is dropped unless a rule there accepts it (Docker and ufw set "
-            "such a policy)"
-        )
-    return f"{each.place} {each.does} what goes to {backends_in(each.surely)} ({each.rule.words})"
-
-
-def perhaps_words(those: Sequence[Obstacle]) -> str:
-    """What rules of one table may do, where a packet alone can tell."""
-    first = those[0]
-    assert first.rule is not None
-    where = (
-        first.place
-        if len(those) == 1
-        else f"{len(those)} rules in the table {first.base.place}, such as {first.place},"
-    )
-    verb = "may drop" if len(those) > 1 or first.does == "drops" else "may refuse"
-    what = backends_in(packet for each in those for packet in each.perhaps)
-    return f"{where} {verb} some of what goes to {what} ({first.rule.words})"
-
-
-def _of_routes(
-    away: Sequence[Backend], node: Surroundings, here: Collection[Address], *, every: bool
-) -> Iterator[Cause]:
-    """Backends to which the node sends nothing."""
-    reasons = lost_ways([each.address for each in away], node, here)
-    lost = [each for each in away if each.address in reasons]
-    for why in dict.fromkeys(reasons.values()):
-        those = [each for each in lost if reasons[each.address] == why]
-        yield Cause(
-            kind="no-route",
-            words=f"the node has no way to {some(those)}: {why} (routes to pods are the CNI's)",
-            next=f"ip route get {format_address(those[0].address)}",
-            certain=every and len(lost) == len(away),
-        )
-
-
-def _of_forwarding(family: Family, node: Surroundings, *, every: bool) -> Iterator[Cause]:
-    """What may stop a packet that passes through; `every`: whichever backend it gets."""
-    if node.forwarding.get(family) is False:
-        name = "net.ipv4.ip_forward" if family is Family.IPV4 else "net.ipv6.conf.all.forwarding"
-        words = f"{name} is 0: the node does not forward packets to its pods or to other nodes"
-        yield Cause(kind="ip-forward", words=words, next=f"sysctl -w {name}=1", certain=every)
-    kinds = ("inet", "ip") if family is Family.IPV4 else ("inet", "ip6")
-    for chain in node.forward_drops:
-        if chain.family in kinds and chain.rules is None:
-            # Its rules could not be read.
-            unread = Obstacle(base=chain, chain=chain.name, rule=None, surely=(), perhaps=())
-            yield Cause(kind="forward-drop", words=words_of(unread), next=chain.listing)
-    if "filter" in node.legacy_tables:
-        program = "iptables-legacy" if family is Family.IPV4 else "ip6tables-legacy"
-        words = "legacy iptables has a filter table, which could not be read: its FORWARD policy may be DROP"
-        yield Cause(kind="legacy-forward", words=words, next=f"{program} -S FORWARD")
-    if family is Family.IPV4 and node.strict_rp_filter:
-        shown = ", ".join(node.strict_rp_filter[:4]) + (", ..." if len(node.strict_rp_filter) > 4 else "")
-        words = f"rp_filter is strict on {shown}: what comes in by another interface than answers leave by is dropped"
-        yield Cause(kind="rp-filter", words=words, next="sysctl -a -r 'ipv4.conf..*.rp_filter'")

@@ -37,6 +37,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses of endpoints on the node, where the rules tell local pods by interface."""
     troubles: Mapping[str, str] = {}
     """Of Services that cannot be used or not wholly, as `namespace/name`, what is wrong with them."""
+    names: tuple[str, ...] = ()
+    """Of all Services, as `namespace/name`, where more are known than those that matter."""
     decided: Mapping[tuple[Key, Family], tuple[Decision, ...]] = {}
     """Decisions that somebody else has taken, with all that they depend on."""
 

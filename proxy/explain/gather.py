@@ -128,7 +128,8 @@ def _with_agent(where: Where, known: Known, asked: Asked, client: Client, means:
 
 def _of_this_node(asked: Asked, client: Client, means: Means) -> Evidence:
     tables = _read(_families(asked, client), means)
-    return of_this_node(tables, means.look(*_addresses(asked, client), *_backends(tables, asked)))
+    ways = (*_addresses(asked, client), *_frontends(tables, asked), *_backends(tables, asked))
+    return of_this_node(tables, means.look(*ways))
 
 
 def _read(families: Iterable[Family], means: Means) -> dict[Family, ForwardingTable]:
@@ -164,6 +165,14 @@ def _addresses(asked: Asked, client: Client) -> list[bytes]:
     """The addresses that the ways are asked of."""
     destination = asked.address if isinstance(asked, AskedAddress) else None
     return [address for address in (client.address, destination) if address is not None]
+
+
+def _frontends(tables: Mapping[Family, ForwardingTable], asked: Asked) -> list[bytes]:
+    """The addresses of a Service that is asked about: the node's own connections have the sources of these ways."""
+    if isinstance(asked, AskedAddress):
+        return []
+    routes = (each for table in tables.values() for each in table.routes.items())
+    return sorted({at.address for at, each in routes if at.address and key_of_label(each.label) == asked.key})
 
 
 def _backends(tables: Mapping[Family, ForwardingTable], asked: Asked) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""The tables of legacy iptables as the kernel hands them out: which chains there are, and what FORWARD does.
+"""The tables of legacy iptables as the kernel hands them out: which chains there are, and what they do with packets.
 
 nftables does not show them, and starting `iptables-legacy-save` would create tables that were not there.  The kernel is
 asked by getsockopt, as that program asks it, and only for tables that /proc says exist.
@@ -38,7 +38,8 @@ _ADDRESSED = {
 _GOTO = {Family.IPV4: 0x02, Family.IPV6: 0x04}
 _NOT_IN, _NOT_OUT, _NOT_SOURCE, _NOT_DESTINATION, _FRAGMENTS, _NOT_PROTOCOL = 0x01, 0x02, 0x08, 0x10, 0x20, 0x40
 _RETURN = -5
-_FORWARD = 2
+_HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT")
+"""Built-in chains by the numbers of their hooks; of the last, POSTROUTING, nothing is asked."""
 _DROP, _ACCEPT = -1, -2
 """Verdicts as a rule has them: -NF_DROP - 1."""
 
@@ -48,10 +49,15 @@ class LegacyTable(NamedTuple):
 
     chains: tuple[str, ...]
     """Those that somebody made."""
-    forward_drops: bool
-    """Whether it has a chain FORWARD with the policy DROP."""
+    policies: Mapping[str, bool]
+    """Of the built-in chains that it has, whether their policy is DROP; but for POSTROUTING."""
     rules: Mapping[str, tuple[ForeignRule, ...]] = {}
-    """By chain; of built-in chains only FORWARD."""
+    """By chain; of built-in chains those that have a policy here."""
+
+    @property
+    def forward_drops(self) -> bool:
+        """Whether it has a chain FORWARD with the policy DROP."""
+        return self.policies.get("FORWARD", False)
 
 
 def read(family: Family, table: str, *, with_rules: bool = True) -> LegacyTable:
@@ -77,9 +83,10 @@ def decode(family: Family, info: bytes, entries: bytes, *, with_rules: bool = Tr
         OSError: they make no sense.
     """
     _, hooks, *numbers = _INFO.unpack(info)
-    begins, policies = numbers[:5], numbers[5:10]
-    forward = (begins[_FORWARD], policies[_FORWARD]) if hooks & 1 << _FORWARD else None
-    drops = False
+    begins, ends = numbers[:5], numbers[5:10]
+    built_in = {begins[number]: name for number, name in enumerate(_HOOKS) if hooks & 1 << number}
+    policy_of = {ends[number]: name for number, name in enumerate(_HOOKS) if hooks & 1 << number}
+    policies: dict[str, bool] = {}
     chain = ""
     names: dict[int, str] = {}
     held: dict[str, list[bytes]] = {}
@@ -91,13 +98,13 @@ def decode(family: Family, info: bytes, entries: bytes, *, with_rules: bool = Tr
             _, name, _ = _TARGET.unpack_from(entries, place + target)
             data = place + target + _TARGET.size
             if hooks and place in begins:
-                chain = "FORWARD" if forward is not None and place == forward[0] else ""
+                chain = built_in.get(place, "")
             if name.startswith(b"ERROR\0"):
                 # What ends a table is an entry of the same kind, with this as its name.
                 chain = entries[data : data + _NAME].partition(b"\0")[0].decode()
                 names[place + following] = chain
-            elif forward is not None and place == forward[1]:
-                drops = struct.unpack_from("=i", entries, data)[0] == _DROP
+            elif place in policy_of:
+                policies[policy_of[place]] = struct.unpack_from("=i", entries, data)[0] == _DROP
             elif chain and with_rules:
                 held.setdefault(chain, []).append(entries[place : place + following])
             place += following
@@ -108,7 +115,7 @@ def decode(family: Family, info: bytes, entries: bytes, *, with_rules: bool = Tr
     except (struct.error, UnicodeDecodeError) as error:
         raise OSError(f"a table of legacy iptables cannot be understood: {error}") from None
     # The last entry of every chain is its end, which returns.
-    return LegacyTable(tuple(each for each in names.values() if each != "ERROR"), drops, rules)
+    return LegacyTable(tuple(each for each in names.values() if each != "ERROR"), policies, rules)
 
 
 def _rule(family: Family, number: int, entry: bytes, names: Mapping[int, str]) -> ForeignRule:

@@ -16,6 +16,7 @@ from proxy.compute import View, compute
 from proxy.config.settings import Settings
 from proxy.explain.asked import Asked, AskedAddress
 from proxy.explain.evidence import Cluster, Evidence
+from proxy.explain.mentions import naming
 from proxy.node import Interfaces
 from proxy.objects import EndpointSlice, Key, Service
 from proxy.offline import standing_of
@@ -69,7 +70,11 @@ def from_manifests(
             problems += (f"Service {service.key}: {problem}" for problem in outcome.problems)
         winners |= {str(each.frontend): str(each.winner) for each in assembler.conflicts()}
         tables[family] = assembler.table()
-    keys = {service.key for service in near} | ({asked.key} if not isinstance(asked, AskedAddress) else set())
+    keys = {service.key for service in near}
+    if isinstance(asked, AskedAddress):
+        keys |= {service.key for service in naming(loaded.services, asked.address)}
+    else:
+        keys.add(asked.key)
     cluster = Cluster(
         view=view,
         services={service.key: service for service in loaded.services if service.key in keys},
@@ -77,6 +82,7 @@ def from_manifests(
         winners=winners,
         wanted=tables,
         claims=claims,
+        names=tuple(str(service.key) for service in loaded.services),
         local_pods=_local_pods(loaded, view) if by_interface else frozenset(),
     )
     return Evidence(

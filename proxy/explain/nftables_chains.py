@@ -1,7 +1,7 @@
 """The chains of all tables of nftables but ours, those of iptables-nft among them.
 
-Rules are read of tables that see what is forwarded, and with them the sets that they look into: to an extent, as there
-are lists of a million addresses that somebody blocks.
+Rules are read of tables that may drop what goes through Services, and with them the sets that they look into: to an
+extent, as there are lists of a million addresses that somebody blocks.
 """
 
 from __future__ import annotations
@@ -10,18 +10,32 @@ from collections.abc import Iterator
 
 from proxy.explain.passing import ForeignRule
 from proxy.explain.passing_nftables import Sets, decode, members
-from proxy.explain.surroundings import OUR_TABLE, ForeignChain
+from proxy.explain.surroundings import OUR_TABLE, ForeignChain, Hook
 from rules.netlink.attributes import DecodeError, text
 from rules.netlink.transaction import AF_UNSPEC, NetfilterSocket, family_of, netfilter_message
 from rules.nftables.expressions import Lookup
 from rules.nftables.messages import decode_elements
-from rules.nftables.objects import EVALUATED, FORWARD, TIMEOUT, ListedRule, decode_chain, decode_rule, decode_set
+from rules.nftables.objects import (
+    EVALUATED,
+    FORWARD,
+    INPUT,
+    OUTPUT,
+    PREROUTING,
+    TIMEOUT,
+    ListedRule,
+    decode_chain,
+    decode_rule,
+    decode_set,
+)
 
 _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENTS = 4, 7, 10, 13
 _TABLE, _NAME = 1, 2
 _DROP = 0
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
-_FORWARDING = frozenset({"inet", "ip", "ip6"})
+_ROUTED = frozenset({"inet", "ip", "ip6"})
+_HOOKS: dict[int, Hook] = {PREROUTING: "prerouting", INPUT: "input", OUTPUT: "output"}
+_TRANSLATES = "nat"
+"""The type of chains that are not meant to drop: a proxy has 100,000 rules in such tables."""
 _NOT_READ = frozenset({"kube-proxy"})
 """Tables that decide about Services by themselves, with hundreds of thousands of rules."""
 _MOST_SETS, _MOST_ELEMENTS = 256, 4096
@@ -44,12 +58,21 @@ def read_chains() -> Iterator[ForeignChain]:
                 if table == OUR_TABLE:
                     continue
                 family, hook = _FAMILIES.get(number, "?"), chain.hook
-                forwards = hook is not None and hook.number == FORWARD and family in _FORWARDING
-                drops = hook is not None and hook.policy == _DROP
-                found.append((number, ForeignChain(family, table, chain.name, forwards, drops)))
-            tables = {(number, each.table) for number, each in found if each.forwards and each.table not in _NOT_READ}
-            rules = {table: _rules(socket, *table) for table in tables}
-    except OSError:
+                one = ForeignChain(family, table, chain.name, forwards=False, drops=False)
+                if hook is not None:
+                    one = one._replace(drops=hook.policy == _DROP)
+                    if family in _ROUTED and hook.number == FORWARD:
+                        one = one._replace(forwards=True)
+                    elif family in _ROUTED and hook.number in _HOOKS and hook.type != _TRANSLATES:
+                        one = one._replace(hook=_HOOKS[hook.number], priority=hook.priority)
+                found.append((number, one))
+            tables = [
+                (number, each.table)
+                for number, each in found
+                if (each.forwards or each.hook) and each.table not in _NOT_READ
+            ]
+            rules = {table: _rules(socket, *table) for table in dict.fromkeys(tables)}
+    except (OSError, DecodeError):
         yield from (each for _, each in found)
         return
     for number, each in found:

@@ -1,4 +1,4 @@
-"""What keeps the node from forwarding packets to backends: others' rules, and routes that are missing.  Pure.
+"""What keeps packets from the backends that rules give them: others' rules, and routes that are missing.  Pure.
 
 Packets that meet all conditions of a table's rules alike fare alike, so one of each sort is led through the rules:
 ten thousand Services cost about as much as ten.
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from proxy.explain.passing import Condition, ForeignRule, Passing, conditions_of, dropped_by, holds, may_drop
+from proxy.explain.passing import Chains, Condition, ForeignRule, Passing, conditions_of, dropped_by, holds, may_drop
 from proxy.explain.surroundings import ForeignChain, Surroundings
-from rules.forwarding import Address, Backend, Family, Protocol, Route, format_address, parse_prefix
+from rules.forwarding import Address, Backend, Protocol, Route, format_address, parse_prefix
 
 MOST_WAYS = 4096
 """How many backends' routes are asked for one by one."""
@@ -23,7 +23,7 @@ _MOST_NAMED = 3
 
 
 class Obstacle(msgspec.Struct, frozen=True, kw_only=True):
-    """Something of others that drops, or may drop, what is forwarded."""
+    """Something of others that drops, or may drop, what goes through Services."""
 
     base: ForeignChain
     """The base chain that leads there."""
@@ -48,9 +48,12 @@ class Obstacle(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def remedy(self) -> str:
         """What in that place lets through what goes through Services, and nothing else."""
-        if self.base.legacy or (self.base.table, self.base.name) == ("filter", "FORWARD"):
-            return "-m conntrack --ctstate DNAT,ESTABLISHED -j ACCEPT"
-        return "ct status dnat accept"
+        packets = self.surely or self.perhaps
+        by_iptables = self.base.legacy or (self.base.table == "filter" and self.base.name.isupper())
+        if packets and packets[0].stage != "translated":
+            protocol, port = packets[0].protocol.name.lower(), packets[0].port
+            return f"-p {protocol} --dport {port} -j ACCEPT" if by_iptables else f"{protocol} dport {port} accept"
+        return "-m conntrack --ctstate DNAT,ESTABLISHED -j ACCEPT" if by_iptables else "ct status dnat accept"
 
     @property
     def listing(self) -> str:
@@ -69,11 +72,16 @@ class Judged(NamedTuple):
     """Packets that were not judged, as there are too many rules."""
 
 
-def obstacles(family: Family, node: Surroundings, packets: Sequence[Passing]) -> Judged:
-    """What of others stands in these packets' way, in the order in which they meet it."""
+def obstacles(bases: Iterable[tuple[ForeignChain, Chains]], packets: Sequence[Passing]) -> Judged:
+    """What of others stands in these packets' way, in the order in which they meet it.
+
+    Args:
+        bases: the base chains that they come to, with the chains of their tables.
+        packets: as these chains meet them.
+    """
     found: list[Obstacle] = []
     left_out = 0
-    for base, chains in node.forwarding_chains(family):
+    for base, chains in bases:
         if not (base.drops or may_drop(base.name, chains)):
             continue
         alike = _sorts(conditions_of(base.name, chains), packets)
@@ -127,6 +135,27 @@ def passing(backend: Backend, protocol: Protocol, node: Surroundings, *, masquer
     way = node.ways.get(backend.address)
     outgoing = way.interface if way is not None else ""
     return Passing(backend.address, protocol, backend.port, outgoing=outgoing, masqueraded=masqueraded)
+
+
+def unheard(backends: Iterable[Backend], protocol: Protocol, node: Surroundings) -> list[Backend]:
+    """Those with an address of the node at which no process of it listens; none where that is not known."""
+    if not node.listening or protocol is Protocol.SCTP:
+        return []
+    return [
+        each for each in backends if each.address in node.addresses and (protocol.name, each.port) not in node.listening
+    ]
+
+
+def unheard_words(backends: Iterable[Backend], protocol: Protocol) -> str:
+    """That nobody listens."""
+    return (
+        f"no process of this node listens at {some(backends)}/{protocol.name}, which is the node itself (hostNetwork)"
+    )
+
+
+def listeners_command(protocol: Protocol, port: int) -> str:
+    """What shows who listens at a port."""
+    return f"ss -{'lntp' if protocol is Protocol.TCP else 'lnup'} 'sport = :{port}'"
 
 
 def lost_ways(addresses: Iterable[Address], node: Surroundings, here: Collection[Address]) -> dict[Address, str]:

@@ -1,10 +1,10 @@
-"""What rules of others do with packets that go through Services and are forwarded.  Pure.
+"""What rules of others do with packets that go through Services.  Pure.
 
 A rule is held as the conditions that can be judged from here: addresses, ports, interfaces, the state of a connection.
 Anything else (marks, sets, limits) is a condition that only a packet shows.  So there are three answers to whether a
 rule meets a packet: yes, no, and None for `perhaps`; and a chain that drops a packet does so surely or perhaps.
 
-The packet is the first of a connection, behind destination NAT: its destination is the backend.
+The packet is the first of a connection.  Where it is judged behind destination NAT, its destination is the backend.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ What = Literal[
 Action = Literal["accept", "drop", "reject", "jump", "goto", "return", "next", "perhaps"]
 """`next`: the rule ends nothing.  `perhaps`: what it does depends on more than can be seen here."""
 
+Stage = Literal["untracked", "tracked", "translated"]
+"""How far a packet is when a chain meets it: before connection tracking, behind it, behind destination NAT."""
+
 _DEEP, _LONG = 32, 20_000
 """Chains within chains, and rules for one packet, behind which nothing is surely so."""
 _MOST_NAMED = 4
 _OF_PROXIES = ("SLUICE-", "KUBE-")
+_NOT_OF_PROXIES = ("KUBE-ROUTER-", "KUBE-POD-FW-", "KUBE-NWPLCY-")
+"""kube-router's network policies, which k3s has as well."""
 _FORWARD = "-FORWARD"
 OUR_FORWARD = "SLUICE-FORWARD"
 """The chain by which mode iptables accepts what it masquerades, whatever the policy of FORWARD."""
@@ -69,7 +74,7 @@ class ForeignRule(msgspec.Struct, frozen=True, gc=False):
 
 
 class Passing(NamedTuple):
-    """A packet that is forwarded to a backend."""
+    """A packet on its way to a backend."""
 
     destination: Address
     protocol: Protocol
@@ -80,6 +85,7 @@ class Passing(NamedTuple):
     outgoing: str = ""
     masqueraded: bool | None = None
     """Whether it bears the mark for that; None: not known, or it depends on the client."""
+    stage: Stage = "translated"
 
 
 class Hit(NamedTuple):
@@ -127,7 +133,7 @@ class _Walk:
 
     def through(self, chain: str, *, sure: bool, depth: int) -> bool:
         """Whether the way surely ends in a chain, or below it; `sure`: whether the packet surely comes here."""
-        if chain.startswith(_OF_PROXIES):
+        if _is_of_a_proxy(chain):
             # Of first packets a proxy's chain accepts those that it masquerades, and no others (IPT-15); what its other
             # chains drop, the tables of Services say.
             if not chain.endswith(_FORWARD) or self._packet.masqueraded is False:
@@ -188,9 +194,9 @@ def _meets(condition: Condition, packet: Passing) -> bool | None:  # noqa: PLR09
             name = packet.incoming if condition.what == "in" else packet.outgoing
             return None if not name else any(fnmatchcase(name, each) for each in values)
         case "state":
-            return "new" in values
+            return None if packet.stage == "untracked" else "new" in values
         case "translated":
-            return True
+            return packet.stage == "translated"
         case _:
             return None
 
@@ -218,12 +224,16 @@ def _all(answers: Iterable[bool | None]) -> bool | None:
     return None if perhaps else True
 
 
+def _is_of_a_proxy(chain: str) -> bool:
+    return chain.startswith(_OF_PROXIES) and not chain.startswith(_NOT_OF_PROXIES)
+
+
 def _reached(base: str, chains: Chains) -> Iterator[ForeignRule]:
     seen, waiting = {base}, [base]
     while waiting:
         for rule in chains.get(waiting.pop(), ()):
             yield rule
-            if rule.target and rule.target not in seen and not rule.target.startswith(_OF_PROXIES):
+            if rule.target and rule.target not in seen and not _is_of_a_proxy(rule.target):
                 seen.add(rule.target)
                 waiting.append(rule.target)
 

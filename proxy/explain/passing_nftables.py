@@ -136,7 +136,7 @@ def members(elements: Iterable[Element], spec: SetSpec) -> tuple[tuple[bytes, by
     # Where one range ends the next may begin: the end comes first.
     for each in sorted(elements, key=lambda each: (each.key, not each.flags & INTERVAL_END)):
         if each.flags & INTERVAL_END:
-            if begun is not None:
+            if begun is not None and len(begun) == len(each.key):
                 found.append((begun, (int.from_bytes(each.key) - 1).to_bytes(len(each.key))))
             begun = None
         else:
@@ -297,7 +297,7 @@ def _unknown(  # noqa: C901, PLR0911  # a line for each of them
             return "perhaps", []
         if 1 in found and len(found[1]) == 4:  # most that load something say so here
             registers[parse_be32(found[1])] = _Loaded(name)
-    except (DecodeError, ValueError):
+    except (DecodeError, ValueError, KeyError):
         pass
     return action, [] if name in ("exthdr", "rt", "socket", "osf", "hash", "numgen") else [Condition("other", (name,))]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from proxy.explain import legacy
-from proxy.explain.passing import OUR_FORWARD, Chains, ForeignRule
+from proxy.explain.passing import OUR_FORWARD, Chains, ForeignRule, Stage
 from proxy.explain.routing import Way, own_addresses, ways_to
 from rules.forwarding import Address, Family, Prefix, family_of
 from rules.node_ports import is_loopback
@@ -28,6 +28,13 @@ _LINK_LOCAL = (Prefix(bytes([169, 254, 0, 0]), 16), Prefix(b"\xfe\x80" + bytes(1
 
 _PROXY_CHAINS = ("KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-SVC-", "KUBE-SEP-")
 """Chains that no one but kube-proxy makes; KUBE-FIREWALL, KUBE-MARK-DROP and others are the kubelet's."""
+
+
+Hook = Literal["prerouting", "input", "forward", "output"]
+HOOKS: tuple[Hook, ...] = ("prerouting", "input", "forward", "output")
+"""Where others may drop packets to Services; postrouting is for translation."""
+CONNECTION_TRACKING, DESTINATION_NAT = -200, -100
+"""Where they stand in prerouting and output, by priority."""
 
 
 class ForeignChain(NamedTuple):
@@ -44,7 +51,11 @@ class ForeignChain(NamedTuple):
     legacy: bool = False
     """Whether it is of legacy iptables, of which nft shows nothing."""
     rules: tuple[ForeignRule, ...] | None = None
-    """Of tables with a base chain of the forward hook; None: they were not read."""
+    """Of tables with a base chain that may drop what goes through Services; None: they were not read."""
+    hook: Hook | Literal[""] = ""
+    """Of another base chain, where it stands; not of those that translate addresses."""
+    priority: int = 0
+    """Of a base chain: among those of a hook the lower comes first."""
 
     def __str__(self) -> str:
         return f"{self.place} {self.name}"
@@ -53,6 +64,13 @@ class ForeignChain(NamedTuple):
     def place(self) -> str:
         """Its table."""
         return f"{self.family} {self.table}{' of legacy iptables' if self.legacy else ''}"
+
+    @property
+    def stage(self) -> Stage:
+        """How far packets are that it sees."""
+        if self.forwards or self.hook == "input" or self.priority > DESTINATION_NAT:
+            return "translated"
+        return "tracked" if self.priority > CONNECTION_TRACKING else "untracked"
 
     @property
     def listing(self) -> str:
@@ -92,14 +110,15 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
         ours = {chain.place for chain in self.chains if chain.name == OUR_FORWARD}
         return tuple(chain for chain in self.chains if chain.forwards and chain.drops and chain.place not in ours)
 
-    def forwarding_chains(self, family: Family) -> Iterator[tuple[ForeignChain, Chains]]:
-        """The base chains of others that see what is forwarded, each with the chains of its table.
+    def base_chains(self, hook: Hook, family: Family) -> Iterator[tuple[ForeignChain, Chains]]:
+        """The base chains of others at a hook, each with the chains of its table.
 
         Those of other service proxies are left out, and what was not read.
         """
         kinds = ("inet", "ip") if family is Family.IPV4 else ("inet", "ip6")
         for base in self.chains:
-            if base.forwards and base.rules is not None and base.family in kinds and base.table != "kube-proxy":
+            stands = "forward" if base.forwards else base.hook
+            if stands == hook and base.rules is not None and base.family in kinds and base.table != "kube-proxy":
                 yield base, {each.name: each.rules or () for each in self.chains if each.place == base.place}
 
     @property
@@ -175,7 +194,7 @@ def _legacy_chains() -> tuple[list[ForeignChain], list[str]]:
         short = "ip" if family is Family.IPV4 else "ip6"
         for name in _lines(file):
             try:
-                table = legacy.read(family, name, with_rules=name in _LEGACY_FILTERS)
+                table = legacy.read(family, name, with_rules=name in _LEGACY_PRIORITIES)
             except OSError:
                 unread.append(name)
                 continue
@@ -184,14 +203,26 @@ def _legacy_chains() -> tuple[list[ForeignChain], list[str]]:
                 ForeignChain(short, name, each, forwards=False, drops=False, legacy=True, rules=held.get(each, ()))
                 for each in table.chains
             ]
-            if table.forward_drops or held.get("FORWARD"):
-                forward = ForeignChain(short, name, "FORWARD", forwards=True, drops=table.forward_drops, legacy=True)
-                found.append(forward._replace(rules=held.get("FORWARD", ())))
+            if name not in _LEGACY_PRIORITIES:
+                continue
+            for chain, hook in _LEGACY_HOOKS.items():
+                if not (drops := table.policies.get(chain, False)) and not held.get(chain):
+                    continue
+                forwards = hook == "forward"
+                base = ForeignChain(short, name, chain, forwards, drops, legacy=True, rules=held.get(chain, ()))
+                priority = _LEGACY_PRIORITIES[name]
+                found.append(base if forwards else base._replace(hook=hook, priority=priority))
     return found, unread
 
 
-_LEGACY_FILTERS = ("filter", "mangle")
-"""Tables whose FORWARD may drop."""
+_LEGACY_PRIORITIES = {"raw": -300, "mangle": -150, "filter": 0, "security": 50}
+"""Tables that may drop, and where their chains stand."""
+_LEGACY_HOOKS: Mapping[str, Hook] = {
+    "PREROUTING": "prerouting",
+    "INPUT": "input",
+    "FORWARD": "forward",
+    "OUTPUT": "output",
+}
 
 
 def _lines(name: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from proxy.explain.answer import Answer, Answers, Unused
-from proxy.explain.causes import Cause
+from proxy.explain.cause import Cause
 from proxy.explain.evidence import Evidence
 from rules.explanation import Explanation, Reaches, Rejected, Share, Untouched, name_of, verdict
 from rules.forwarding import Kind, Protocol, format_address
@@ -29,12 +29,34 @@ _KINDS = {
 def lines(answers: Answers) -> Iterator[str]:
     """Everything, line by line."""
     yield f"According to {answers.evidence.words}:"
+    yield from _overview(answers)
     for answer in answers.answers:
         yield ""
         yield from _answer(answer, answers.evidence)
     for missing in answers.missing:
         yield ""
         yield f"{missing}."
+
+
+def _overview(answers: Answers) -> Iterator[str]:
+    """Of several frontends a line each, what fails first."""
+    found = answers.answers
+    if len(found) < 2:
+        return
+    failing = sum(not each.works for each in found)
+    yield ""
+    fail = f"{failing} of which fail{'s' if failing == 1 else ''}"
+    yield f"{len(found)} frontends, {fail if failing else 'all of which work'}:"
+    for each in sorted(found, key=lambda each: each.works):
+        word = "works" if each.works else "FAILS"
+        why = "" if each.works else f": {_reason(each, relayed=answers.evidence.relayed)}"
+        yield f"  {word}  {_heading(each)}, from {_client(each.explanation)}{why}"
+
+
+def _reason(answer: Answer, *, relayed: bool) -> str:
+    """Why a connection fails, as short as can be."""
+    sure = next((cause.words for cause in answer.causes if cause.certain), "")
+    return sure or _verdict(answer.explanation, relayed=relayed)
 
 
 def _answer(answer: Answer, evidence: Evidence) -> Iterator[str]:

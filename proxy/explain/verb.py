@@ -56,9 +56,9 @@ def main(
 
 def tell(asked: Asked, client: Client, evidence: Evidence, *, as_json: bool) -> int:
     """Print what the evidence says about a question; 0 it works, 1 it does not."""
-    for problem in evidence.problems:
-        sys.stderr.write(f"sluice explain: {problem}\n")
     answers = answer(asked, client, evidence)
+    for problem in answers.evidence.problems:
+        sys.stderr.write(f"sluice explain: {problem}\n")
     if as_json:
         sys.stdout.write(json.dumps(to_data(answers), indent=2) + "\n")
     else:

@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from proxy.command_line import NODE_FLAGS, GoCommand, given_flags, settings_of
-from proxy.questions.options import AS_TEXT_OR_JSON, OF, bundle_in, need_manifests
+from proxy.questions.options import (
+    AS_TEXT_OR_JSON,
+    OF,
+    address_in,
+    bundle_in,
+    log_warnings_alone,
+    need_manifests,
+    service_in,
+)
 
 
 @click.command(cls=GoCommand, flag_names=("config", "run-directory"), short_help="The running agent.")
@@ -68,12 +76,8 @@ def conntrack(
     """
     from proxy import flows as verb  # noqa: PLC0415  # see the head of proxy.cli
     from proxy import modes  # noqa: PLC0415  # likewise
-    from proxy.addresses import lenient_address  # noqa: PLC0415  # likewise
 
-    try:
-        chosen = verb.Chosen(service, lenient_address(address) if address else b"", stale)
-    except ValueError as error:
-        raise click.UsageError(f"--address: {error}") from None
+    chosen = verb.Chosen(service_in(service), address_in("--address", address), stale)
     if filename:
         from proxy import bundle_verbs  # noqa: PLC0415  # likewise
 
@@ -122,7 +126,9 @@ def doctor(ctx: click.Context, /, filename: str, output: str, **params: Any) -> 
 
         return bundle_verbs.doctor(saved, output)  # type: ignore[arg-type]  # click has checked it
     given = given_flags(ctx, params)
-    if not filename:
+    if filename:
+        log_warnings_alone(ctx)
+    else:
         need_manifests(given)
     settings = settings_of(ctx, given)
     means = Means(modes.opener(settings))
@@ -174,15 +180,11 @@ def trace(
     Ends with 0 if a packet was seen, 1 if none was, 2 if nothing can be traced.
     """
     from proxy import modes  # noqa: PLC0415  # see the head of proxy.cli
-    from proxy.addresses import lenient_address  # noqa: PLC0415  # likewise
     from proxy.dump import Filter  # noqa: PLC0415  # likewise
     from proxy.trace import verb  # noqa: PLC0415  # likewise
 
-    try:
-        packed, client = (lenient_address(each) if each else b"" for each in (address, source))
-    except ValueError as error:
-        raise click.UsageError(f"--address, --from: {error}") from None
-    wanted = Filter("", service, packed or None, port or 0)
+    client = address_in("--from", source)
+    wanted = Filter("", service_in(service), address_in("--address", address) or None, port or 0)
     bounds = verb.Bounds(seconds, packets)
     opener = modes.opener(settings_of(ctx, given_flags(ctx, params)))
     as_json = output == "json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,41 @@ SERVER_FLAGS = frozenset(("kubeconfig", "master"))
 ONLY_OF_OTHERS = "--{} is for rules of another proxy: --of kube-proxy"
 
 
+def address_in(option: str, text: str) -> bytes:
+    """The address that an option was given, an IPv6 one with brackets or without; empty: it was not given.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from proxy.addresses import lenient_address  # noqa: PLC0415  # see the head of proxy.cli
+
+    try:
+        return lenient_address(text.removeprefix("[").removesuffix("]")) if text else b""
+    except ValueError as error:
+        raise click.UsageError(f"{option}: {error}") from None
+
+
+def service_in(text: str) -> str:
+    """What `--service` was given, without the kind that kubectl puts before a name (`svc/web`, `shop/svc/web`)."""
+    return re.sub(r"(^|/)(svc|services?)/(?=[^/]+$)", r"\1", text)
+
+
+def log_warnings_alone(ctx: click.Context) -> None:
+    """Have the sources of objects log to standard error, from warnings up: what a verb prints is its answer alone."""
+    import logging  # noqa: PLC0415  # see the head of proxy.cli
+    import sys  # noqa: PLC0415  # likewise
+
+    import structlog  # noqa: PLC0415  # likewise
+
+    before = structlog.get_config()
+    ctx.call_on_close(lambda: structlog.configure(**before))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
 def sorted_by_content(names: tuple[str, ...]) -> Files:
     """What was given with -f, by what is in it."""
     from proxy.foreign.sources import Files, sort_files  # noqa: PLC0415  # see the head of proxy.cli
@@ -40,7 +75,7 @@ def bundle_in(names: tuple[str, ...]) -> str:
     """The archive of `sluice bundle` that was given with -f; empty: none was.
 
     Raises:
-        UsageError: one was given, and something else.
+        UsageError: one was given, and something else; or a file cannot be read.
     """
     from proxy.foreign.sources import STANDARD_INPUT  # noqa: PLC0415  # see the head of proxy.cli
 
@@ -48,9 +83,11 @@ def bundle_in(names: tuple[str, ...]) -> str:
         path = Path(name)
         if name == STANDARD_INPUT or not path.is_file():
             return False
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            return file.read(2) == b"\x1f\x8b"
-        return False
+        try:
+            with path.open("rb") as file:
+                return file.read(2) == b"\x1f\x8b"
+        except OSError as error:
+            raise click.UsageError(f"{name}: {error.strerror}") from None
 
     found = next((each for each in names if is_bundle(each)), "")
     if found and len(names) > 1:

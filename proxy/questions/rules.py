@@ -12,8 +12,11 @@ from proxy.questions.options import (
     OF,
     ONLY_OF_OTHERS,
     SERVER_FLAGS,
+    address_in,
     bundle_in,
+    log_warnings_alone,
     need_manifests,
+    service_in,
     sorted_by_content,
 )
 
@@ -80,13 +83,8 @@ def dump(
     of ipvs mode ipvsadm -Sn, ipset save and ip -j addr too).
     """
     from proxy import dump as verb  # noqa: PLC0415  # see the head of proxy.cli
-    from proxy.addresses import lenient_address  # noqa: PLC0415  # likewise
 
-    try:
-        packed = lenient_address(address) if address else None
-    except ValueError as error:
-        raise click.UsageError(f"--address: {error}") from None
-    wanted = verb.Filter(namespace, service, packed, port or 0)
+    wanted = verb.Filter(namespace, service_in(service), address_in("--address", address) or None, port or 0)
     if counters and (filename or of == "kube-proxy" or output == "raw"):
         raise click.UsageError("--counters are of this node and sluice's own rules, and not in -o raw")
     if saved := bundle_in(filename):
@@ -122,7 +120,8 @@ def dump(
     flag_names=(*NODE_FLAGS, *sorted(SERVER_FLAGS), "run-directory"),
     short_help="What becomes of one connection, and why.",
 )
-@click.argument("target", metavar="ADDRESS:PORT[/PROTO]|NAMESPACE/SERVICE[:PORT]")
+@click.argument("target", metavar="ADDRESS:PORT[/PROTO]|[NAMESPACE/]SERVICE[:PORT]")
+@click.option("-n", "--namespace", default="", help="of a Service that is named without one [default]")
 @click.option("--from", "source", default="", metavar="ADDRESS|pod|node|outside", help="who connects")
 @click.option("--interface", default="", metavar="NAME", help="by which interface its packets come in")
 @click.option(
@@ -138,11 +137,12 @@ def dump(
 @click.option("-w", "--watch", "again", is_flag=True, help="ask again and again, and print what is another, until ^C")
 @AS_TEXT_OR_JSON
 @click.pass_context
-def explain(ctx: click.Context, /, target: str, output: str, again: bool, **params: Any) -> int:
+def explain(ctx: click.Context, /, target: str, namespace: str, output: str, again: bool, **params: Any) -> int:
     """What becomes of one connection to a Service, step by step, and why.
 
-    By an address, or by a Service's name for all its frontends.  It goes by what the running agent wants, else by what
-    the kernel holds; with -f by manifests, as one node would have it (see render).  Nothing is sent.
+    By an address, or by a Service's name for all its frontends; svc/NAME is a Service too, as in kubectl.  It goes by
+    what the running agent wants, else by what the kernel holds; with -f by manifests, as one node would have it (see
+    render).  Nothing is sent.
 
     kube-proxy's rules are explained as well, also beside what an API server has (--kubeconfig).
 
@@ -151,9 +151,11 @@ def explain(ctx: click.Context, /, target: str, output: str, again: bool, **para
     from proxy import modes  # noqa: PLC0415  # see the head of proxy.cli
     from proxy.config.settings import Settings  # noqa: PLC0415  # likewise
     from proxy.explain import verb  # noqa: PLC0415  # likewise
+    from proxy.explain.asked import qualified  # noqa: PLC0415  # likewise
     from proxy.explain.gather import Means, Where  # noqa: PLC0415  # likewise
     from proxy.foreign import choice, sources  # noqa: PLC0415  # likewise
 
+    target = qualified(target, namespace)
     if saved := bundle_in(params["filename"]):
         from proxy import bundle_verbs  # noqa: PLC0415  # likewise
 
@@ -173,7 +175,9 @@ def explain(ctx: click.Context, /, target: str, output: str, again: bool, **para
     server = sorted(SERVER_FLAGS & {name for name, _ in given})
     if server and again:
         raise click.UsageError(f"--watch: an API server is not listed again and again, leave out --{server[0]}")
-    if not (files.manifests or server):
+    if files.manifests or server:
+        log_warnings_alone(ctx)
+    else:
         need_manifests(given, READING_FLAGS - {"config"})
     settings = Settings()
     if given or files.manifests:
@@ -255,6 +259,8 @@ def verify(ctx: click.Context, /, filename: tuple[str, ...], output: str, of: st
     given = given_flags(ctx, params)
     names = {name for name, _ in given}
     settings = settings_of(ctx, given)
+    if files.manifests or SERVER_FLAGS & names:
+        log_warnings_alone(ctx)
     agents = None if files.manifests else settings.run_directory
     if files.rules or choice.another_is_meant(of, "verify", agents):
         from proxy.foreign import verify as other  # noqa: PLC0415  # likewise

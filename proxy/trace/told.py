@@ -51,8 +51,9 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
             return True
         if isinstance(seen, Reaches) and isinstance(said, Reaches):
             [share] = seen.shares
-            # Masqueraded to the very address that it had, nothing but the port can tell, and that only by chance.
-            same = self.traced.before.source == self.traced.after.source
+            # The node's own, masqueraded to the very address that it had: nothing but the port can tell, by chance.
+            own = self.explanation.origin is Origin.NODE
+            same = own and self.traced.before.source == self.traced.after.source
             return any(
                 each.backend == share.backend and (same or each.masqueraded == share.masqueraded)
                 for each in said.shares

@@ -24,7 +24,7 @@ from rules.nftables.dataplane import NftablesDataplane
 from tests.netns.agent import Agent
 from tests.netns.asking import eventually, said
 from tests.netns.isolation import own_network_namespace
-from tests.netns.runner import DROP, backends
+from tests.netns.runner import ANSWER, DROP, backends
 from tests.scenarios.schema import CLUSTER, DIRECTORY, manifests
 from tests.scenarios.schema import load as load_scenario
 
@@ -361,6 +361,139 @@ OBSTACLES = {
 }
 
 
+ACCEPT = "iptables-nft -A INPUT -m conntrack --ctstate {} -j ACCEPT"
+ELSEWHERE_IN_THE_WAY = {
+    "input, a program of the node": ("input-rule", ["iptables-nft -A INPUT -p tcp --dport 9000 -j DROP"]),
+    "input, by legacy iptables": ("input-rule", ["iptables-legacy -A INPUT -p tcp --dport 9000 -j DROP"]),
+    "input, the frontend's port": ("input-rule", ["iptables-nft -A INPUT -p tcp --dport 81 -j REJECT"]),
+    "input, by the loopback": ("input-rule", ["iptables-nft -A INPUT -i lo -p tcp --dport 9000 -j DROP"]),
+    "input, a policy": ("input-drop", [ACCEPT.format("ESTABLISHED"), "iptables-nft -P INPUT DROP"]),
+    "input, a policy, and what is translated is accepted": (
+        "input-drop",
+        [ACCEPT.format("DNAT,ESTABLISHED"), "iptables-nft -P INPUT DROP"],
+    ),
+    "output, a backend": ("output-rule", ["iptables-nft -A OUTPUT -p tcp --dport 8080 -j DROP"]),
+    "output, a backend, by legacy iptables": (
+        "output-rule",
+        ["iptables-legacy -A OUTPUT -d 10.244.1.11 -p tcp --dport 8080 -j REJECT"],
+    ),
+    "output, the frontend's port": ("output-rule", ["iptables-nft -A OUTPUT -p tcp --dport 80 -j DROP"]),
+    "output, the frontend before it is translated": (
+        "output-rule",
+        ["iptables-nft -t raw -A OUTPUT -d 10.96.7.1 -p tcp --dport 80 -j DROP"],
+    ),
+    "prerouting, before translation": (
+        "prerouting-rule",
+        ["iptables-nft -t raw -A PREROUTING -d 10.96.7.1 -j DROP"],
+    ),
+    "prerouting, before translation, by legacy iptables": (
+        "prerouting-rule",
+        ["iptables-legacy -t mangle -A PREROUTING -p tcp --dport 81 -j DROP"],
+    ),
+    "prerouting, behind translation": (
+        "prerouting-rule",
+        [
+            "nft add table inet guard",
+            "nft add chain inet guard p { type filter hook prerouting priority -50; }",
+            "nft add rule inet guard p tcp dport { 8080, 9000 } drop",
+        ],
+    ),
+}
+"""Of each the kind, and the commands; who is concerned, packets say."""
+
+
+@pytest.mark.parametrize("obstacle", ELSEWHERE_IN_THE_WAY)
+def test_what_explain_says_of_input_output_and_prerouting_is_what_packets_meet(agent, mode, obstacle):
+    """Of a pod, an outsider and the node, each to a pod here and to a program of the node."""
+    kind, commands = ELSEWHERE_IN_THE_WAY[obstacle]
+    if any("legacy" in each for each in commands) and shutil.which("iptables-legacy") is None:
+        pytest.skip("iptables-legacy is not installed")
+    agent.configure({})
+    world = agent.world
+    objects = [
+        *manifests(CLUSTER),
+        *one_backend("near", "10.96.7.1", 80, "10.244.1.11", 8080),
+        *one_backend("own", "10.96.7.2", 81, "192.168.50.11", 9000),
+    ]
+    world.probes.open(backends(objects))
+    agent.apply(objects)
+    agent.settle()
+    clients = {"p3": "10.244.1.13", "c": "192.168.50.100", "node1": "node"}
+    seen, told = {}, {}
+    try:
+        for command in commands:
+            said(world, *command.split())
+        for host, client in clients.items():
+            for address, port in (("10.96.7.1", 80), ("10.96.7.2", 81)):
+                probe = Probe(host=host, address=address, port=port, timeout=DROP)
+                [[outcome]] = world.probes.probe(probe)
+                seen[host, address] = outcome.kind == "answered"
+                code, data, _ = explain(agent, f"{address}:{port}", f"--from={client}")
+                [answer] = data["answers"]
+                told[host, address] = code == 0
+                kinds = {each["kind"] for each in answer["causes"] if each["certain"]}
+                assert kinds == (set() if told[host, address] else {kind}), (host, address, answer["causes"])
+        assert told == seen
+        # Where something drops for somebody it must be found; what is accepted must work for all.
+        assert all(seen.values()) == (mode != "userspace" and "accepted" in obstacle) or kind_spares(mode, obstacle)
+    finally:
+        for command in commands:
+            if command.startswith("iptables"):
+                said(world, *command.replace(" -A ", " -D ").replace("INPUT DROP", "INPUT ACCEPT").split())
+        if "guard" in " ".join(commands):
+            said(world, "nft", "delete", "table", "inet", "guard")
+        world.probes.shut()
+        agent.expect_empty(manifests(CLUSTER))
+
+
+def test_a_backend_that_is_the_node_itself_and_that_nobody_listens_at_is_told(agent):
+    agent.configure({})
+    world = agent.world
+    objects = [*manifests(CLUSTER), *one_backend("own", "10.96.7.2", 81, "192.168.50.11", 9000)]
+    agent.apply(objects)
+    agent.settle()
+    try:
+        for listens in (False, True):
+            if listens:
+                world.probes.open(backends(objects))
+            [[outcome]] = world.probes.probe(Probe(host="p3", address="10.96.7.2", port=81, timeout=ANSWER))
+            code, data, _ = explain(agent, "10.96.7.2:81", "--from=10.244.1.13")
+            kinds = [each["kind"] for each in data["answers"][0]["causes"]]
+            assert (outcome.kind == "answered", code, kinds) == (
+                listens,
+                int(not listens),
+                [] if listens else ["no-listener"],
+            )
+    finally:
+        world.probes.shut()
+        agent.expect_empty(manifests(CLUSTER))
+
+
+def kind_spares(mode: str, obstacle: str) -> bool:
+    """Whether nobody comes by the rule in a mode: ports are translated before it, or are not at all."""
+    by_frontend = obstacle in ("input, the frontend's port", "output, the frontend's port")
+    return by_frontend and mode != "userspace"
+
+
+def one_backend(name: str, address: str, port: int, backend: str, to: int) -> list[dict[str, Any]]:
+    """A Service and its slice."""
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": address, "ports": [{"port": port}]},
+    }
+    slices = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": f"{name}-1", "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": to}],
+        "endpoints": [{"addresses": [backend], "nodeName": "node1"}],
+    }
+    return [service, slices]
+
+
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_what_explain_says_of_obstacles_is_what_packets_meet(agent, mode, obstacle):
     if mode not in ("nftables", "iptables"):
@@ -370,21 +503,7 @@ def test_what_explain_says_of_obstacles_is_what_packets_meet(agent, mode, obstac
         pytest.skip("iptables-legacy is not installed")
     agent.configure({})
     world = agent.world
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "near", "namespace": "default"},
-        "spec": {"clusterIP": "10.96.7.1", "ports": [{"port": 80}]},
-    }
-    slices = {
-        "apiVersion": "discovery.k8s.io/v1",
-        "kind": "EndpointSlice",
-        "metadata": {"name": "near-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "near"}},
-        "addressType": "IPv4",
-        "ports": [{"name": "", "port": 8080}],
-        "endpoints": [{"addresses": ["10.244.1.11"], "nodeName": "node1"}],
-    }
-    objects = [*manifests(CLUSTER), service, slices]
+    objects = [*manifests(CLUSTER), *one_backend("near", "10.96.7.1", 80, "10.244.1.11", 8080)]
     world.probes.open(backends(objects))
     agent.apply(objects)
     try:

@@ -159,6 +159,14 @@ def test_what_changes_in_the_cluster_changes_on_the_page(page: Looked) -> None:
     page.shows("#panel-service", "there is no Service shop/web")
 
 
+def test_a_node_without_services_says_that_there_are_none(page: Looked) -> None:
+    """More than half of many Services at once: they are read again before that is believed."""
+    write(page.manifests, [])
+    page.shows("#empty", "There is no Service. One that comes is shown at once.")
+    write(page.manifests, objects()[:2])
+    page.shows("#viewport", "shop/web")
+
+
 def test_a_connection_is_explained(page: Looked) -> None:
     browser = page.browser
     browser.type("/shop/web" + KEYS["enter"])
@@ -170,7 +178,8 @@ def test_a_connection_is_explained(page: Looked) -> None:
     page.shows("#answer", "TRF-12")
     for question, words in (
         ("10.96.0.2:80", "It does not work."),
-        ("nonsense", "is neither ADDRESS:PORT"),
+        ("no sense", "is neither ADDRESS:PORT"),
+        ("svc/web", "there is shop/web"),
         (HOSTILE, HOSTILE),
         ("10.96.0.1:81", "rejected"),
     ):

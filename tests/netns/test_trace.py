@@ -135,10 +135,44 @@ def traced(world: World, directory: Path, *arguments: str) -> Iterator[Trace]:
     eventually(lambda: left(world) == before, "the end of all that traces take")
 
 
+@contextlib.contextmanager
+def table(world: World, name: str, rules: str) -> Iterator[None]:
+    """A table of somebody else."""
+    nft(world, rules)
+    try:
+        yield
+    finally:
+        nft(world, "delete", "table", *name.split())
+
+
 def connect(world: World, host: str, address: str, port: int, protocol: str = "TCP") -> Any:
     probe = Probe(host=host, address=address, port=port, protocol=protocol, timeout=ANSWER)
     [[outcome]] = world.probes.probe(probe)
     return outcome
+
+
+@RULES
+def test_what_comes_faster_than_it_is_read_is_told_to_be_missing(node, mode, tmp_path):
+    """Nothing is read while the process stands still, and the kernel tells of a thousand packets and many rules."""
+    if mode == "ipvs":
+        pytest.skip("connection tracking tells of each connection once, which the socket has room for")
+    rules = "counter; " * 100
+    noise = f"table ip noise {{ chain c {{ type filter hook prerouting priority 0; {rules} }}; }}"
+    with table(node, "ip noise", noise), traced(node, tmp_path, "-n", "1000", "--service", "default/seen") as trace:
+        os.kill(trace.process.pid, signal.SIGSTOP)
+        probe = Probe(host="p3", address=CLUSTER_IP, port=80, count=1000, timeout=ANSWER)
+        node.probes.probe(probe)
+        os.kill(trace.process.pid, signal.SIGCONT)
+        os.kill(trace.process.pid, signal.SIGINT)
+        seen = trace.packets()
+        errors = (tmp_path / "trace.err").read_text()
+    assert 0 < len(seen) < 1000
+    assert "sluice trace: the kernel told more than could be read: packets are missing\n" in errors
+    # Of those that are told of wholly nothing is guessed: what became of the others is open.
+    assert {each["outcome"]["is"] for each in seen} <= {"reaches", "unseen"}
+    whole = [each for each in seen if each["outcome"]["is"] == "reaches"]
+    assert whole
+    assert {each["outcome"]["backend"] for each in whole} <= {f"{each}:80" for each in BACKENDS}
 
 
 def test_a_connection_through_a_cluster_ip_goes_where_the_trace_says(node, mode, tmp_path):

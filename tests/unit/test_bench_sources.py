@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kube_proxy, manifests
+from bench import kube_proxy, manifests, sources
 from bench.cluster import NODE, Cluster
 from proxy import cli
 from rules.foreign import saved
@@ -15,9 +15,10 @@ from rules.foreign.detect import readings
 
 CLUSTER = Cluster(130, 4)
 FORMS = {
-    "iptables-save": lambda: kube_proxy.iptables_save(CLUSTER).encode(),
-    "nft": lambda: kube_proxy.nft_text(CLUSTER).encode(),
-    "nft -j": lambda: kube_proxy.nft_json(CLUSTER),
+    "iptables-save": lambda _: kube_proxy.iptables_save(CLUSTER).encode(),
+    "nft": lambda _: kube_proxy.nft_text(CLUSTER).encode(),
+    "nft -j": lambda _: kube_proxy.nft_json(CLUSTER),
+    "ipvs": sources.ipvs_texts,
 }
 
 
@@ -26,11 +27,11 @@ def test_generated_rules_are_what_the_objects_come_to(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rules = tmp_path / "rules"
-    rules.write_bytes(FORMS[form]())
+    objects = manifests.write_json(CLUSTER, tmp_path)
+    rules.write_bytes(FORMS[form](objects))
     (reading,) = readings(rules.read_bytes())
     assert len(reading.table.routes) == CLUSTER.services
     assert not reading.table.damage
-    objects = manifests.write_json(CLUSTER, tmp_path)
     arguments = ["verify", "-f", str(rules), "-f", str(objects), "--hostname-override", NODE]
     assert cli.main(arguments, name="sluice") == 0, capsys.readouterr().out
 

@@ -371,7 +371,9 @@ async def test_explain_answers_as_the_verb_does(tmp_path):
     assert any("10.96.0.1:80/TCP" in line for line in found["text"])
 
 
-@pytest.mark.parametrize("query", ["", "target=what", "target=10.96.0.1:99999", "target=10.96.0.1:80&from=nobody"])
+@pytest.mark.parametrize(
+    "query", ["", "target=what:is:this", "target=10.96.0.1:99999", "target=10.96.0.1:80&from=nobody"]
+)
 @in_loop
 async def test_a_question_that_makes_no_sense_is_a_line_of_text(query, tmp_path):
     response, found = await World(tmp_path).get("/explain", query)

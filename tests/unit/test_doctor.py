@@ -21,7 +21,7 @@ from proxy.explain import obstacles
 from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means
 from proxy.explain.passing import Condition, ForeignRule
-from proxy.explain.surroundings import ForeignChain, Surroundings
+from proxy.explain.surroundings import HOOKS, ForeignChain, Hook, Surroundings
 from proxy.offline import standing_of
 from proxy.render import render_on
 from proxy.report import Contested, Followed, SourceReport, Trouble, Unserved
@@ -378,6 +378,11 @@ NEEDS_A_PACKET = {
     "closed-port": "nobody but a client asks for a port that no Service has",
     "no-node-port": "the same for node ports",
     "no-service": "the same for addresses",
+    "node-port-protocol": "the same",
+    "node-port-elsewhere": "the same for another node's address",
+    "endpoint": "the same for a pod's own address",
+    "load-balancer-proxy": "nodes are meant to leave such addresses alone",
+    "external-ips-off": "the same",
     "flows": "no cause but a hint: stale flows themselves are found as stale-flows",
     "trace": "no cause but a hint",
     "backend": "no cause but a hint: whether a pod listens, only a connection to it shows",
@@ -386,16 +391,29 @@ NEEDS_A_PACKET = {
 
 
 def causes_that_explain_knows() -> set[str]:
-    """By the source: every `Cause(kind=...)`, and the kinds that are told by `kind_of`."""
+    """By the source: every `Cause(kind=...)`, and for each hook the kinds of obstacles."""
     found = set()
     for file in (ROOT / "proxy" / "explain").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Cause":
                 kinds = [each.value for each in node.keywords if each.arg == "kind"]
                 found |= {str(each.value) for each in kinds if isinstance(each, ast.Constant)}
-            elif isinstance(node, ast.FunctionDef) and node.name == "kind_of":
-                found |= {str(each.value) for each in ast.walk(node) if isinstance(each, ast.Constant) and each.value}
-    return {kind for kind in found if " " not in kind}
+    of_obstacles = {f"{hook}-{what}" for hook in HOOKS for what in ("drop", "rule", "rule-perhaps")}
+    return {kind for kind in found | of_obstacles if " " not in kind}
+
+
+def filters(hook: Hook, *rules: ForeignRule, drops: bool = False, priority: int = 0) -> dict[str, Any]:
+    """A chain of others at a hook, with these rules."""
+    base = ForeignChain("ip", "filter", hook.upper(), forwards=False, drops=drops, rules=rules)
+    return {"chains": (base._replace(hook=hook, priority=priority),)}
+
+
+def on_the_node(**fields: Any) -> Known:
+    """A node that one of the backends runs on, with its address."""
+    sick = around(**fields)
+    assert sick.surroundings is not None
+    addresses = sick.surroundings.addresses | {parse_address("10.244.1.11")}
+    return msgspec.structs.replace(sick, surroundings=msgspec.structs.replace(sick.surroundings, addresses=addresses))
 
 
 def forwards(*rules: ForeignRule, drops: bool = False) -> dict[str, Any]:
@@ -438,9 +456,23 @@ SICK = {
     "legacy-forward": lambda: around(legacy_tables=("filter",)),
     "rp-filter": lambda: around(strict_rp_filter=("eth0",)),
     "no-route": lambda: around(unreachable={parse_address("10.244.1.11"): "there is no route"}),
+    "damage": lambda: Known(
+        tables={Family.IPV4: msgspec.structs.replace(HELD, damage=frozenset({"x"}))}, surroundings=NODE, absent="none"
+    ),
+    "no-listener": lambda: on_the_node(listening=frozenset({("TCP", 22), ("UDP", 80)})),
     "forward-drop": lambda: around(**forwards(drops=True)),
     "forward-rule": lambda: around(**forwards(ForeignRule(5, "drop", TO_ONE))),
     "forward-rule-perhaps": lambda: around(**forwards(ForeignRule(5, "drop", (Condition("other", ("mark",)),)))),
+    **{
+        f"{hook}-{kind}": lambda hook=hook, rules=rules, drops=drops: on_the_node(**filters(hook, *rules, drops=drops))  # type: ignore[misc]
+        for hook in HOOKS
+        if hook != "forward"
+        for kind, rules, drops in (
+            ("drop", (), True),
+            ("rule", (ForeignRule(5, "drop", TO_ONE),), False),
+            ("rule-perhaps", (ForeignRule(5, "drop", (Condition("other", ("mark",)),)),), False),
+        )
+    },
 }
 """For each likely cause a node, or its Services, that have it."""
 
@@ -482,16 +514,88 @@ def test_a_rule_of_others_names_the_services_that_it_concerns():
     )
 
 
+@pytest.mark.parametrize(
+    ("hook", "severity", "subject", "what"),
+    [
+        ("prerouting", "critical", "node", "what goes to 10.244.1.11:80, 10.244.2.11:80, as"),
+        # To the node's own programs comes what is for the backend with its address, and to no other.
+        ("input", "error", "Service default/web", "what goes to 10.244.1.11:80, as"),
+        ("output", "error", "Service default/web", "what goes to 10.244.1.11:80, 10.244.2.11:80 from the node itself"),
+    ],
+)
+def test_policies_elsewhere_concern_what_comes_there(hook, severity, subject, what):
+    found = only(on_the_node(**filters(hook, drops=True)))
+    assert (found.kind, found.severity, found.subject) == (f"{hook}-drop", severity, subject)
+    assert what in found.what
+    assert "as `-m conntrack --ctstate DNAT,ESTABLISHED -j ACCEPT` would" in found.what
+
+
+@pytest.mark.parametrize(("facts", "severity"), [({"relayed": True}, "critical"), ({"bound": True}, "critical")])
+def test_what_goes_through_services_comes_to_input_where_nothing_is_translated(facts, severity):
+    """In modes userspace and ipvs: with the frontend's address, and no mark of translation."""
+    held = msgspec.structs.replace(HELD, node=NodeFacts(**facts))
+    known = msgspec.structs.replace(around(**filters("input", drops=True)), tables={Family.IPV4: held})
+    found = only(known)
+    assert (found.kind, found.severity) == ("input-drop", severity)
+    assert "10.96.0.41:80" in found.what
+    assert "as `-p tcp --dport 80 -j ACCEPT` would" in found.what
+    accepting = ForeignRule(4, "accept", (Condition("translated"),))
+    [still] = findings(
+        msgspec.structs.replace(known, surroundings=around(**filters("input", accepting, drops=True)).surroundings)
+    )
+    assert still.kind == "input-drop"
+
+
+def test_before_destination_nat_rules_are_about_frontends():
+    to_frontend = Condition("destination", ("10.96.0.41/32",))
+    early = filters("prerouting", ForeignRule(5, "drop", (to_frontend,)), priority=-300)
+    found = only(around(**early))
+    assert (found.kind, found.severity) == ("prerouting-rule", "error")
+    assert "drops what goes to 10.96.0.41:80" in found.what
+    assert findings(around(**filters("prerouting", ForeignRule(5, "drop", (to_frontend,))))) == ()
+
+
 def test_rules_that_accept_services_are_no_trouble():
     accepting = ForeignRule(4, "accept", (Condition("translated"),))
     assert findings(around(**forwards(accepting, ForeignRule(5, "drop"), drops=True))) == ()
     assert findings(around(**forwards(ForeignRule(4, "drop", (Condition("state", ("invalid",)),))))) == ()
 
 
+def test_a_backend_that_is_the_node_itself_needs_a_process_that_listens():
+    found = only(SICK["no-listener"]())
+    assert (found.severity, found.subject) == ("error", "Service default/web")
+    assert found.what == "no process of this node listens at 10.244.1.11:80/TCP, which is the node itself (hostNetwork)"
+    assert found.next == "ss -lntp 'sport = :80'"
+    assert findings(on_the_node(listening=frozenset({("TCP", 80)}))) == ()
+    assert findings(on_the_node(listening=frozenset())) == ()  # nobody could say
+
+
 def test_a_node_port_at_which_a_process_waits():
     found = only(around(listening=frozenset({("TCP", 30001), ("TCP", 22)})))
     assert (found.kind, found.severity, found.subject) == ("node-port-listener", "warning", "Service default/web")
     assert found.next == "ss -lntp 'sport = :30001'"
+
+
+def test_trf_22_a_kube_proxy_that_listens_at_every_node_port_reserves_them_and_is_no_stranger():
+    """It did before it gave that up."""
+    two = msgspec.structs.replace(HELD, routes={**HELD.routes, at("*:30002"): HELD.routes[at("*:30001")]})
+    for listening, expected in (((30001, 30002), {"agent-absent"}), ((30001,), {"agent-absent", "node-port-listener"})):
+        node = msgspec.structs.replace(NODE, listening=frozenset(("TCP", port) for port in listening))
+        known = Known(tables={Family.IPV4: two}, surroundings=node, absent="no agent answers", carrier="kube-proxy")
+        assert set(kinds(known)) == expected
+        assert "node-port-listener" in kinds(msgspec.structs.replace(known, carrier=""))
+
+
+@pytest.mark.parametrize("carrier", ["", "kube-proxy"])
+def test_without_an_agent_damage_is_told_by_the_rules_themselves(carrier):
+    """Beside one it is drift."""
+    damaged = msgspec.structs.replace(HELD, damage=frozenset({"chain masquerade-marked lacks its rule 1"}))
+    known = Known(tables={Family.IPV4: damaged}, surroundings=NODE, absent="no agent answers", carrier=carrier)
+    [found] = [each for each in findings(known) if each.kind == "damage"]
+    assert (found.severity, found.subject) == ("error", "IPv4")
+    assert found.what.endswith("are damaged: chain masquerade-marked lacks its rule 1")
+    assert found.next == ("sluice dump --of kube-proxy" if carrier else "sluice dump")
+    assert "damage" not in kinds(msgspec.structs.replace(known, absent=""))
 
 
 def test_next_to_another_proxy_no_agent_is_needed():

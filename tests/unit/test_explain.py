@@ -120,6 +120,17 @@ def test_who_is_masqueraded_at_a_cluster_ip(facts, source, expected, clause):
     assert found.frontend == at("172.30.0.41:80")
 
 
+@pytest.mark.parametrize(("source", "expected"), [(CLIENT, False), (POD, False), (NODE, True)])
+def test_trf_9_what_a_program_of_the_node_itself_gets_from_outside_is_not_masqueraded(source, expected):
+    """Sources are replaced of what leaves the node, and by its loopback leaves what it sends to itself."""
+    routes = {"*:3001": external(Kind.NODE_PORT, backends=backends(NODE, THERE))}
+    found = ask(table(routes), f"{NODE}:3001", source)
+    assert shares(found) == {NODE: expected, THERE: True}
+    assert ("kept on the way to" in str(found.steps)) is not expected
+    relayed = msgspec.structs.replace(FACTS, relayed=True)
+    assert shares(ask(table(routes, relayed), f"{NODE}:3001", source)) == {NODE: True, THERE: True}
+
+
 @pytest.mark.parametrize(
     ("route", "source", "expected", "clause"),
     [

@@ -1,4 +1,4 @@
-"""What rules of others do with forwarded packets: chains, conditions of three answers, the kernel's forms of them."""
+"""What rules of others do with packets to Services: chains, conditions of three answers, the kernel's forms of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.explain import legacy, passing_nftables
+from proxy.explain.crossing import Journey, bases_of, met
 from proxy.explain.obstacles import MOST_WAYS, backends_of, obstacles
-from proxy.explain.passing import Condition, ForeignRule, Passing, dropped_by, holds
+from proxy.explain.passing import Condition, ForeignRule, Passing, dropped_by, holds, may_drop
 from proxy.explain.surroundings import ForeignChain, Surroundings
 from proxy.explain.xtables import match_of
 from rules.forwarding import Backend, Family, Kind, Protocol, Route, parse_address
@@ -280,7 +281,81 @@ def test_chains_of_other_proxies_and_of_the_other_family_are_nobodys_obstacles()
         return ForeignChain(family, table, "f", forwards=True, drops=True, rules=())
 
     node = Surroundings(chains=(base("ip", "kube-proxy"), base("ip6", "mine"), base("inet", "mine")))
-    assert [str(each.base) for each in obstacles(Family.IPV4, node, [PACKET]).obstacles] == ["inet mine f"]
+    [(place, bases)] = bases_of(node, Family.IPV4).items()
+    assert place == ("forward", "translated")
+    assert [str(each.base) for each in obstacles(bases, [PACKET]).obstacles] == ["inet mine f"]
+
+
+FRONTEND = Passing(parse_address("10.96.0.1"), Protocol.TCP, 443, stage="tracked")
+
+
+@pytest.mark.parametrize("by_node", [False, True])
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize(
+    ("carried", "chain", "priority", "comes", "sees"),
+    [
+        # To chains of prerouting comes what the node does not send, to those of output what it does.
+        ("translated", "prerouting", -300, "in, or to itself", "frontend untracked"),
+        ("translated", "prerouting", -150, "in, or to itself", "frontend tracked"),
+        ("translated", "prerouting", 0, "in, or to itself", "backend translated"),
+        ("translated", "forward", 0, "in to others", "backend translated"),
+        ("translated", "input", 0, "to the node", "backend translated"),
+        ("translated", "output", -300, "out", "frontend untracked"),
+        ("translated", "output", 0, "out", "backend translated"),
+        # IPVS takes it in input, a worker behind that: all see the frontend.
+        ("bound", "prerouting", 0, "in, or to itself", "frontend tracked"),
+        ("bound", "forward", 0, "never", ""),
+        ("bound", "input", 0, "in, or to itself", "frontend tracked"),
+        ("bound", "output", -150, "out, or sent on", "frontend tracked"),
+        ("bound", "output", 0, "out, or sent on", "backend tracked"),
+        ("relayed", "prerouting", -300, "always", "frontend untracked"),
+        ("relayed", "forward", 0, "never", ""),
+        ("relayed", "input", 0, "always", "frontend tracked"),
+        ("relayed", "output", 0, "out", "frontend tracked"),
+        ("plain", "output", 0, "out", "frontend tracked"),
+        ("plain", "input", 0, "to the node", "frontend tracked"),
+    ],
+)
+def test_which_chains_see_a_packet_and_what_they_see_of_it(*, carried, chain, priority, comes, sees, by_node, stays):
+    base = ForeignChain("ip", "filter", "c", forwards=chain == "forward", drops=False, rules=())
+    if chain != "forward":
+        base = base._replace(hook=chain, priority=priority)
+    [(hook, stage)] = bases_of(Surroundings(chains=(base,)), Family.IPV4)
+    assert hook == chain
+    found = [seen for _, seen in met(hook, stage, [Journey(FRONTEND, PACKET, carried, by_node, stays)])]
+    expected = {
+        "in": not by_node, "out": by_node, "in to others": not (by_node or stays), "to the node": stays,
+        "in, or to itself": stays or not by_node,
+        "out, or sent on": by_node or not stays,
+        "always": True, "never": False,
+    }[comes]  # fmt: skip
+    assert bool(found) is expected
+    for each in found:
+        what = {FRONTEND.destination: "frontend", PACKET.destination: "backend"}[each.destination]
+        by_loopback = by_node and hook in ("prerouting", "input")
+        if by_loopback and carried in ("translated", "bound"):
+            sees = "backend translated" if carried == "translated" else "backend tracked"
+        elif carried == "bound" and hook == "output" and not by_node:
+            sees = "backend tracked"
+        assert f"{what} {each.stage}" == sees
+        assert each.incoming == ("lo" if by_loopback else "")
+
+
+def test_before_destination_nat_nothing_is_translated_and_before_connection_tracking_no_state_is_known():
+    untracked = FRONTEND._replace(stage="untracked")
+    assert (holds(Condition("translated"), FRONTEND), holds(Condition("state", ("new",)), FRONTEND)) == (False, True)
+    assert holds(Condition("state", ("new",)), untracked) is None
+
+
+def test_chains_of_kube_router_are_a_network_policys_and_not_kube_proxys():
+    """k3s has them: by their names they could be a proxy's."""
+    chains = {
+        "f": [rule("jump", target="KUBE-ROUTER-FORWARD")],
+        "KUBE-ROUTER-FORWARD": [rule("jump", TO, target="KUBE-POD-FW-ABC")],
+        "KUBE-POD-FW-ABC": [rule("reject")],
+    }
+    assert hits(chains) == [("KUBE-POD-FW-ABC 1", True)]
+    assert may_drop("f", chains)
 
 
 def test_ways_are_asked_of_every_backend_or_of_one_in_each_network():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,19 +28,23 @@ from proxy.explain.gather import Means, Where
 from proxy.explain.routing import Way
 from proxy.explain.surroundings import ForeignChain, Surroundings
 from proxy.explain.text import lines
+from proxy.logs import get_logger
 from proxy.objects import Key
+from proxy.sources import manifests as sources
 from rules.dataplane import UnavailableError
 from rules.explanation import Origin
 from rules.forwarding import (
     Family,
     ForwardingTable,
     InputInterface,
+    Kind,
     NodeFacts,
     Protocol,
+    Route,
     parse_address,
 )
 from tests import strategies
-from tests.builders import at, backends, view
+from tests.builders import at, backends, networks, view
 from tests.fakes.held import HELD, NODE, means
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +74,12 @@ def live(capsys, target: str, client: str = "", *, node: Surroundings = NODE) ->
         ("kube-system/kube-dns:dns-tcp", AskedService(Key("kube-system", "kube-dns"), "dns-tcp")),
         ("default/web:80", AskedService(Key("default", "web"), "80")),
         ("10/web", AskedService(Key("10", "web"), "")),
+        ("web", AskedService(Key("default", "web"), "")),
+        ("web:http", AskedService(Key("default", "web"), "http")),
+        ("svc/web", AskedService(Key("default", "web"), "")),
+        ("service/web:80", AskedService(Key("default", "web"), "80")),
+        ("shop/services/web:http", AskedService(Key("shop", "web"), "http")),
+        ("svc/svc/web", AskedService(Key("svc", "web"), "")),  # a namespace may have that name
     ],
 )
 def test_questions(text, asked):
@@ -76,7 +88,7 @@ def test_questions(text, asked):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "web", "10.96.0.1", "10.96.0.1:0", "10.96.0.1:65536", "10.96.0.1:80/ICMP", "10.96.0:80", "a/b/c", "A/b"],
+    ["", "svc/", "10.96.0.1", "10.96.0.1:0", "10.96.0.1:65536", "10.96.0.1:80/ICMP", "10.96.0:80", "a/b/c", "A/b"],
 )
 def test_what_is_no_question_is_usage(text, capsys):
     with pytest.raises(ValueError, match=r".+"):
@@ -85,7 +97,36 @@ def test_what_is_no_question_is_usage(text, capsys):
     assert capsys.readouterr().err.startswith("sluice explain: ")
 
 
-@given(st.text(max_size=40))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("10.96.0.1", "'10.96.0.1' has no port: 10.96.0.1:80, or 10.96.0.1:53/UDP"),
+        ("fd00::1", "'fd00::1' has no port: [fd00::1]:80"),
+        ("[fd00::1]", "has no port: [fd00::1]:80"),
+        ("10.96.0.1:http", "with a port's name ask about the Service"),
+        ("Shop/web", "no capital letters"),
+        ("10.96.0.0/16", "neither ADDRESS:PORT"),
+    ],
+)
+def test_what_is_nearly_a_question_is_told_how_to_be_one(text, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_asked(text)
+
+
+def test_a_namespace_is_for_services_that_are_named_without_one(capsys):
+    for arguments in (["-n", "default", "svc/zonal"], ["-n", "nowhere", "default/zonal"], ["zonal"]):
+        assert cli.main(["explain", *arguments, "-f", str(CLUSTER), *OPTIONS]) == 0
+    assert cli.main(["explain", "-n", "nowhere", "zonal", "-f", str(CLUSTER), *OPTIONS]) == 1
+    assert "There is no Service nowhere/zonal; there is default/zonal." in capsys.readouterr().out
+
+
+def test_of_a_service_that_is_not_there_the_nearest_are_named(capsys):
+    for name, near in (("default/wbe", "default/web"), ("kube-system/web", "default/web")):
+        verb.main(name, "", Where(live=True, run_directory="/nonexistent"), Settings(), means=means())
+        assert f"nothing is labelled {name}; there is {near}." in capsys.readouterr().out
+
+
+@given(st.text(max_size=40) | st.from_regex(r"(svc/|a/)?(svc/)?[a-c/:]{1,4}", fullmatch=True))
 def test_no_question_ends_in_anything_but_an_error(text):
     try:
         asked = parse_asked(text)
@@ -126,6 +167,25 @@ def test_mistakes_are_one_line_and_code_2(arguments, part, capsys):
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert part in captured.err
+
+
+@pytest.mark.parametrize("verb", [["explain", "10.96.0.41:80"], ["verify"], ["doctor"]])
+def test_what_sources_log_is_no_part_of_the_answer(verb, monkeypatch, capsys):
+    """A program reads standard output, and nobody asked when something was listed."""
+    load, before = sources.load, structlog.get_config()
+
+    def logged(path: str) -> Any:
+        log = get_logger("sluice.sources")
+        log.info("listed", objects=21)
+        log.warning("odd", object="a/b")
+        return load(path)
+
+    monkeypatch.setattr(sources, "load", logged)
+    cli.main([*verb, "-f", str(CLUSTER), *OPTIONS, "-o", "json"])
+    captured = capsys.readouterr()
+    assert not captured.out or json.loads(captured.out)
+    assert ("listed" in captured.err, "odd" in captured.err) == (False, True)
+    assert structlog.get_config() == before
 
 
 def test_a_kernel_that_cannot_be_read_is_code_2_and_names_the_other_way(capsys):
@@ -213,6 +273,130 @@ def test_what_the_node_sends_itself_is_not_forwarded(capsys):
     around = node(forwarding={Family.IPV4: False}, chains=(FORWARD,), strict_rp_filter=("eth0",))
     code, answered = live(capsys, "10.96.0.41:80", "node", node=around)
     assert (code, answered["causes"], answered["packet"]["source"]) == (0, [], "192.168.0.2")
+
+
+def test_of_a_named_service_the_node_has_the_source_of_the_way_to_each_frontend(capsys):
+    """As it has where the frontend is asked about by its address: source ranges may hang on it."""
+    balancer = parse_address("203.0.113.9")
+    route = Route(
+        kind=Kind.LOAD_BALANCER,
+        backends=backends("10.244.1.11"),
+        label="default/lb",
+        source_ranges=networks("10.9.0.0/16"),
+    )
+    table = msgspec.structs.replace(HELD, routes={at("203.0.113.9:80"): route})
+    own = parse_address("10.9.0.1")
+
+    def look(*addresses: bytes) -> Surroundings:
+        ways = {each: Way("eth1", own) for each in addresses if each == balancer}
+        return node(addresses=NODE.addresses | {own}, ways=ways)
+
+    by = Means(means(table=table).open_dataplane, look)
+    for target in ("203.0.113.9:80", "default/lb"):
+        where = Where(live=True, run_directory="/nonexistent")
+        assert verb.main(target, "node", where, Settings(), as_json=True, means=by) == 0
+        [found] = json.loads(capsys.readouterr().out)["answers"]
+        assert found["packet"]["source"] == "10.9.0.1"
+    verb.main("default/lb", "", Where(live=True, run_directory="/nonexistent"), Settings(), means=by)
+    assert "From the node itself, a connection goes to 10.244.1.11:80" in capsys.readouterr().out
+
+
+def test_where_addresses_of_services_are_the_nodes_own_it_connects_from_the_one_it_connects_to(capsys):
+    """In modes ipvs and userspace; it is no outsider for that."""
+    for facts in ({"relayed": True}, {"bound": True}):
+        table = msgspec.structs.replace(HELD, node=msgspec.structs.replace(HELD.node, **facts))
+        address = parse_address("10.96.0.41")
+        around = node(ways={address: Way("lo", address)})
+        where = Where(live=True, run_directory="/nonexistent")
+        verb.main("10.96.0.41:80", "node", where, Settings(), as_json=True, means=means(around, table))
+        [found] = json.loads(capsys.readouterr().out)["answers"]
+        assert (found["origin"], found["packet"]["source"]) == ("node", "10.96.0.41")
+
+
+def test_by_damaged_rules_nothing_works_for_sure(capsys):
+    """Whether anybody knows what is wanted, or not."""
+    damaged = msgspec.structs.replace(HELD, damage=frozenset({"chain masquerade-marked lacks its rule 1"}))
+    where = Where(live=True, run_directory="/nonexistent")
+    assert verb.main("10.96.0.41:80", "pod", where, Settings(), means=means(table=damaged)) == 0
+    said = capsys.readouterr().out
+    assert "    ! chain masquerade-marked lacks its rule 1" in said
+    assert "By these rules it works: the connection goes to one of 2 backends" in said
+    assert "the kernel's rules are damaged" in said
+
+
+def test_loopback_is_the_nodes_own_and_asked_about_from_the_node_alone(capsys):
+    code, answered = live(capsys, "127.0.0.1:30001")
+    assert (code, answered["origin"], answered["others"]) == (1, "node", [])
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "said"),
+    [
+        ("10.244.1.11:80", "endpoint", "10.244.1.11:80 is an endpoint of default/web:http"),
+        ("10.244.1.11:81", "endpoint", "10.244.1.11 is an endpoint of default/web:http"),
+        (
+            "192.168.0.9:30001",
+            "node-port-elsewhere",
+            "30001/TCP is a node port of default/web:http, and 192.168.0.9 is no",
+        ),
+        ("192.168.0.2:30001/UDP", "node-port-protocol", "the node port 30001 is for TCP only"),
+        ("192.168.0.2:30009", "no-node-port", "no Service has the node port 30009/TCP"),
+        ("192.168.0.9:30009", "no-service", "no Service has the address 192.168.0.9"),
+    ],
+)
+def test_where_no_service_answers_it_is_said_what_the_address_is(target, kind, said, capsys):
+    code, answered = live(capsys, target)
+    [cause] = answered["causes"]
+    assert (code, cause["kind"]) == (1, kind)
+    assert said in cause["words"]
+    assert cause["next"]
+
+
+BALANCED = """
+apiVersion: v1
+kind: Service
+metadata: {name: balanced, namespace: default}
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.60
+  externalIPs: [192.0.2.60]
+  ports: [{port: 80}]
+status: {loadBalancer: {ingress: INGRESS}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ingress", "said"),
+    [
+        (
+            "[{ip: 203.0.113.60, ipMode: Proxy}]",
+            "no frontend at 203.0.113.60: its load balancer has that address with ipMode Proxy",
+        ),
+        ("[{hostname: lb.example.org}]", "which has a host name alone"),
+        ("[]", "is of type LoadBalancer and has no address of one"),
+        ("[{ip: 203.0.113.60}]", ""),
+    ],
+)
+def test_svc_9_addresses_at_which_nodes_do_not_answer_are_told_beside_the_frontends(ingress, said, tmp_path, capsys):
+    file = tmp_path / "balanced.yaml"
+    file.write_text(BALANCED.replace("INGRESS", ingress))
+    cli.main(["explain", "default/balanced", "-f", str(file), *OPTIONS])
+    error = capsys.readouterr().err
+    assert said in error if said else not error
+
+
+def test_an_address_that_a_service_names_and_nodes_leave_alone_is_no_strangers(tmp_path, capsys):
+    file = tmp_path / "balanced.yaml"
+    file.write_text(BALANCED.replace("INGRESS", "[{ip: 203.0.113.60, ipMode: Proxy}]"))
+    gate = "--feature-gates=AllowServiceExternalIPs=false"
+    for target, more, kind in (
+        ("203.0.113.60:80", (), "load-balancer-proxy"),
+        ("192.0.2.60:80", (gate,), "external-ips-off"),
+    ):
+        assert cli.main(["explain", target, "-f", str(file), "-o", "json", *OPTIONS, *more]) == 1
+        [answered] = json.loads(capsys.readouterr().out)["answers"]
+        assert [each["kind"] for each in answered["causes"]] == [kind]
+        assert "Service default/balanced" in answered["causes"][0]["words"]
 
 
 def test_loopback_node_ports_need_route_localnet(capsys):

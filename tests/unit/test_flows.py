@@ -196,8 +196,17 @@ def test_a_connection_to_an_endpoint_that_gets_no_new_ones_drains(held: Held, tm
 
 
 def test_no_flow_is_a_line_too(held: Held, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(held, tmp_path, format_="table", chosen=flows.Chosen(service="nobody")) == (0, "")
+    held.all = [LIVE]
+    assert run(held, tmp_path, format_="table", chosen=flows.Chosen(service="web")) == (0, "")
     assert capsys.readouterr().err == "sluice conntrack: there is no such flow\n"
+
+
+@pytest.mark.parametrize("name", ["nobody", "kube-system/web", "dns:metrics", "default/web:http"])
+def test_a_service_that_nothing_is_known_of_is_no_service_without_flows(
+    name: str, held: Held, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(held, tmp_path, format_="table", chosen=flows.Chosen(service=name)) == (1, "")
+    assert f"no Service {name} has a frontend here" in capsys.readouterr().err
 
 
 def test_flows_of_workers_are_not_connection_trackings(
@@ -205,9 +214,13 @@ def test_flows_of_workers_are_not_connection_trackings(
 ) -> None:
     relayed = msgspec.structs.replace(TABLE, node=msgspec.structs.replace(TABLE.node, relayed=True))
     monkeypatch.setattr(held, "read", lambda: relayed)
-    code, text = run(held, tmp_path)
-    assert (code, json.loads(text)["flows"]) == (2, [])
-    assert "mode userspace" in capsys.readouterr().err
+    for more in ({}, {"delete_stale": True}):
+        code, text = run(held, tmp_path, **more)
+        told = capsys.readouterr().err
+        assert (code, json.loads(text)["flows"], held.deleted) == (0, [], [])
+        assert "mode userspace" in told
+        assert "sluice dump --counters" in told
+        assert json.loads(text)["notes"] == [told.removeprefix("sluice conntrack: ").rstrip()]
 
 
 def test_only_stale_flows_are_deleted_and_they_are_shown(held: Held, tmp_path: Path) -> None:

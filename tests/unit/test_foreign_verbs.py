@@ -18,7 +18,7 @@ import ryaml
 
 from proxy import cli
 from proxy.config.settings import Settings
-from proxy.foreign import choice, sources, verify, wanted
+from proxy.foreign import choice, explain, sources, verify, wanted
 from proxy.foreign.sources import Files, from_files, sort_files
 from proxy.foreign.wanted import CannotTellError
 from tests.builders import networks
@@ -29,6 +29,7 @@ OBJECTS = str(RECORDING / "objects.yaml")
 IPTABLES, IP6TABLES, NFT = (
     str(RECORDING / name) for name in ("iptables.iptables-save", "iptables.ip6tables-save", "nftables.nft")
 )
+IPVS = Path(__file__).parents[1] / "recordings" / "kube-proxy-v1.20.2-ipvs"
 NODE1 = ("--hostname-override", "node1", "--bind-address", "192.168.50.11")
 
 
@@ -62,9 +63,23 @@ def test_large_files_are_decoded_in_a_process_of_their_own_to_the_same_end(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     monkeypatch.setattr(os, "fork", lambda fork=os.fork: copies.append(1) or fork())
-    assert [sluice(capsys, *command[0].split(), *command[1:]) for command in commands] == said
-    assert len(copies) == len(commands)
+    # What is computed meanwhile is for the likely mode: whichever that was held to be, the answer is the same.
+    for likely in (sources.likely_mode, lambda _: "nftables", lambda _: ""):
+        monkeypatch.setattr(verify, "likely_mode", likely)
+        monkeypatch.setattr(explain, "likely_mode", likely)
+        copies.clear()
+        assert [sluice(capsys, *command[0].split(), *command[1:]) for command in commands] == said
+        assert len(copies) == len(commands)
     assert sluice(capsys, "verify", "-f", edited(tmp_path, "KUBE", "CUBE"), "-f", OBJECTS, *NODE1)[0] == 2
+
+
+def test_the_likely_mode_is_the_one_of_the_rules(tmp_path: Path) -> None:
+    for name in (IPTABLES, IP6TABLES, NFT, f"{NFT}.json"):
+        assert sources.likely_mode(Files("", (name,))) == from_files([name])[0].reading.mode, name
+    for name in ("iptables-save", "ipset-save", "ipvsadm-save"):
+        assert sources.likely_mode(Files("", (str(IPVS / name),))) == "ipvs", name
+    assert sources.likely_mode(Files(OBJECTS, ())) == ""
+    assert sources.likely_mode(Files("", (str(tmp_path / "nothing"),))) == ""
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import msgspec
 import pytest
@@ -116,6 +117,26 @@ def test_a_terminal_gets_colour_and_the_same_words():
     assert "\x1b[" in text
     for word in ("b/web:http", "10.96.0.2:80/TCP", "affinity 60s", "sources in 10.244.0.0/16"):
         assert word in text
+
+
+@pytest.mark.parametrize("columns", ["20", "60", "100"])
+def test_no_name_and_no_address_is_broken_however_narrow_a_terminal_is(columns, monkeypatch):
+    """They are copied from there."""
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", columns)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed(Shown("nftables", TABLE), out=Terminal()))
+    for word in ("b/web:http", "LoadBalancer", "10.96.0.2:80/TCP", "10.0.0.1:80,", "10.0.0.9:80", "192.0.2.0/24"):
+        assert word in text
+    assert "  service CIDRs   10.96.0.0/12: unallocated addresses are dropped\n" in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_colour_gets_none(name, value, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv(name, value)
+    text = printed(Shown("nftables", TABLE), out=Terminal())
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", text)
+    assert "b/web:http" in text
 
 
 def test_damage_is_shown():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -253,6 +254,17 @@ def test_what_the_table_does_not_say_is_marked(traced):
     one = told(traced)
     assert not one.expected
     assert "the rules as they were when the trace began say" in list(lines(one))[-1].lower()
+
+
+@pytest.mark.parametrize(("client", "expected"), [(CLIENT, False), (NODE, True)])
+def test_a_source_that_is_kept_where_the_table_says_masquerade_is_marked_but_for_the_nodes_own(client, expected):
+    """The node's own may have been replaced by itself, which nobody sees."""
+    facts = msgspec.structs.replace(TABLE.node, masquerade_all=True)
+    before = BEFORE._replace(source=client)
+    after = before._replace(destination=BACKEND, port=8080)
+    one = told(Traced(before=before, after=after, arrived=True), msgspec.structs.replace(TABLE, node=facts))
+    assert one.expected is expected
+    assert list(lines(one))[-1].startswith("  !") is not expected
 
 
 @pytest.mark.parametrize(

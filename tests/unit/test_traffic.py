@@ -6,6 +6,7 @@ import contextlib
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -81,6 +82,15 @@ def test_what_the_agent_has_counted(monkeypatch, capsys):
     assert dump(monkeypatch, (Report(on=True), [ROW]), "wide") == 0
     line = capsys.readouterr().out.splitlines()[1]
     assert line.split()[:3] == ["default/web:http", "10.96.0.1:80/TCP", "10.244.0.1:8080"]
+
+
+def test_what_workers_count_is_of_all_frontends_and_backends_of_a_port_and_not_of_some_that_are_gone(
+    monkeypatch, capsys
+):
+    row = msgspec.structs.replace(ROW, frontend="", backend="")
+    assert dump(monkeypatch, (Report(on=True), [row]), "wide") == 0
+    [line] = [each for each in capsys.readouterr().out.splitlines() if each.startswith(ROW.service)]
+    assert line.split()[1:3] == ["(all)", "(all)"]
 
 
 def test_json_is_that_of_dump_with_traffic(monkeypatch, capsys):

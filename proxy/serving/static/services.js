@@ -113,6 +113,7 @@ function setHead(found) {
     found.synced ? null : badge("warn", "not synced", "Services and EndpointSlices have not all been listed"),
     found.allTroubles ? badge("warn", `${number(found.allTroubles)} trouble${found.allTroubles === 1 ? "" : "s"}`, "see Node") : null,
   ].filter(Boolean));
+  drawEmpty();
   if (!$("panel-node").hidden) drawNode();
 }
 
@@ -137,7 +138,13 @@ function drawFilters() {
   );
   if (focused >= 0) $("filters").children[Math.min(focused, $("filters").children.length - 1)].focus();
   $("count").textContent = visible === all ? "" : `${number(visible)} of ${number(all)}`;
-  $("empty").textContent = all ? "No Service is like that." : "No Service is known yet.";
+  drawEmpty();
+}
+
+// Without Services it matters whether there are none, or none have been heard of.
+function drawEmpty() {
+  const none = head?.synced ? "There is no Service. One that comes is shown at once." : "Services have not been listed yet.";
+  $("empty").textContent = counts.all ? "No Service is like that." : none;
 }
 
 // --- panes ---
