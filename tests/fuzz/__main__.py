@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(targets.TARGETS)}; all")
     parser.add_argument("--seconds", type=int, default=60, help="of atheris for each target")
-    parser.add_argument("--examples", type=int, default=20_000, help="of hypothesis for each test; 0: none")
+    parser.add_argument("--examples", type=int, default=1_000, help="of hypothesis for each test; 0: none")
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time [1]")
     parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="where inputs that raise are kept")
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)

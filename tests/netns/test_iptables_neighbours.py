@@ -179,6 +179,15 @@ def test_a_lock_that_others_hold_is_waited_for_and_told_in_one_line(namespace: N
     assert dataplane.read() == TABLE
 
 
+def test_what_trying_the_kernel_has_left_goes_with_the_next_sync(namespace: None, lock: Path) -> None:
+    dataplane = legacy()
+    subprocess.run(["iptables-legacy", "-t", "nat", "-N", "SLUICE-PROBE"], check=True)
+    dataplane.sync(TABLE)
+    listing = subprocess.run(["iptables-legacy-save"], capture_output=True, text=True, check=True).stdout
+    assert "SLUICE-PROBE" not in listing
+    assert dataplane.read() == TABLE
+
+
 def test_a_lock_that_is_never_given_back_is_an_error_in_one_line_and_nothing_is_lost(
     namespace: None, lock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +144,26 @@ def test_features_that_are_missing_are_found_one_by_one(install: Install, tmp_pa
     install("iptables-nft-restore", "exit 0")
     assert missing_features(programs) == frozenset()
     assert "statistic" in FEATURES
+
+
+def test_whoever_does_not_get_the_lock_waits_for_it_once_and_ends_when_he_is_told_to(
+    install: Install, tmp_path: Path
+) -> None:
+    programs = pair(install, "legacy", "", tmp_path)
+    calls = tmp_path / "calls"
+    busy = f"echo >> {calls}; echo 'Another app is currently holding the xtables lock' >&2; exit 4"
+    install("iptables-legacy-restore", busy)
+    with pytest.raises(RestoreError, match="has held the xtables lock"):
+        missing_features(programs)
+    assert len(calls.read_text()) == 1
+    # SIGTERM, which comes while the program waits.
+    install("iptables-legacy-restore", f"[ -s {calls}2 ] || {{ echo >> {calls}2; kill -TERM $PPID; sleep 1; }}; {busy}")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        with pytest.raises(SystemExit):
+            missing_features(programs)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 NO_LEGACY = "iptables-legacy-save v1.8.9 (legacy): Cannot initialize: iptables who? (do you need to insmod?)"
