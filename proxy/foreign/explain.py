@@ -104,6 +104,7 @@ def _of_files(where: Where, settings: Settings, asked: Asked) -> Evidence:
     likely = ""
     with beside(lambda: from_files(where.files.rules), list[Found], worth_it=large) as reading:
         objects = wanted.of_given(where.files.manifests, settings)
+        # What is wanted depends on the mode of the rules: the likely one, while the other process decodes them.
         if objects and large and (likely := likely_mode(where.files)):
             manifests = _manifests(objects, settings, asked, likely, interfaces)
         found = reading()

@@ -81,6 +81,7 @@ class _Comparison:
         self._read = read
         self._objects: Objects | None = None
         self._tables: dict[str, dict[Family, ForwardingTable]] = {}
+        self._problems: dict[str, tuple[str, ...]] = {}
         self.by = "the agent"
         self.notes: dict[str, None] = {}
 
@@ -99,7 +100,7 @@ class _Comparison:
             with beside(lambda: from_files(self._files.rules), list[Found], worth_it=large) as reading:
                 self._load()
                 if large and (mode := likely_mode(self._files)):
-                    self._wanted(mode)
+                    self._wanted(mode)  # while the other process decodes; should it be another, that is computed too
                 found = reading()
             verified = list(self._compared(found))
             self._note_missing(found)
@@ -135,6 +136,7 @@ class _Comparison:
             reading = each.reading
             family = reading.table.family
             table = self._wanted(reading.mode).get(family)
+            self.notes.update(dict.fromkeys(self._problems.get(reading.mode, ())))
             if table is None:
                 self.notes[f"{self.by} wants nothing of {family.label}: its rules are not compared"] = None
                 continue
@@ -170,8 +172,9 @@ class _Comparison:
             from proxy.interfaces import read_addresses  # noqa: PLC0415  # pyroute2, which files do without
 
             interfaces = read_addresses()
-        tables, problems = wanted.tables(self._objects, self._settings, socket.gethostname(), mode, interfaces)
-        self.notes.update(dict.fromkeys(problems))
+        tables, self._problems[mode] = wanted.tables(
+            self._objects, self._settings, socket.gethostname(), mode, interfaces
+        )
         return tables
 
     def _note_missing(self, found: Sequence[Found]) -> None:
