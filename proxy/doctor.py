@@ -22,7 +22,7 @@ from typing import Literal, TextIO
 import msgspec
 
 from proxy import agent_socket, flows, verify
-from proxy.agent_socket import AgentError
+from proxy.agent_socket import AgentError, NoAgentError
 from proxy.compute import View, semantics_of
 from proxy.config.settings import Settings
 from proxy.doctor_findings import Known, findings, lines
@@ -97,8 +97,12 @@ def from_agent(run_directory: str, means: Means = Means()) -> Known:  # noqa: B0
     """
     try:
         status = agent_socket.status(run_directory)
-    except AgentError as error:
+    except NoAgentError as error:
         return _without_agent(str(error), means)
+    except AgentError as error:
+        # One is there, and this command may not ask it, or gets no answer.
+        known = _without_agent(str(error), means)
+        return msgspec.structs.replace(known, absent="", unread=(f"the agent: {error}", *known.unread))
     unread: list[str] = []
     lacking: tuple[str, ...] = ()
     verified: tuple[Verified, ...] = ()

@@ -135,7 +135,7 @@ def _of_the_node(known: Known) -> Iterator[Finding]:
 
 def _of_damage(known: Known) -> Iterator[Finding]:
     """What is wrong with the rules by themselves, where nobody knows what is wanted; else it is drift."""
-    if not known.absent:
+    if known.status is not None or known.cluster is not None:
         return
     whose = known.carrier or "sluice"
     command = f"sluice dump --of {whose}" if known.carrier else "sluice dump"

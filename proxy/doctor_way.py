@@ -119,7 +119,7 @@ def _packets(
             for _, seen in met(hook, stage, journeys):
                 found.setdefault(seen, {})[subject] = None
     # For the same answer each time, as backends are a set.
-    return {each: found[each] for each in sorted(found, key=lambda each: (each[:3], each.incoming, str(each)))}
+    return {each: found[each] for each in sorted(found, key=lambda each: (each[:3], str(each.masqueraded)))}
 
 
 def _finding(each: Obstacle, services: Mapping[Passing, Iterable[str]], *, every: bool) -> Finding:

@@ -320,6 +320,16 @@ def test_without_an_agent_the_kernel_is_looked_at_all_the_same(monkeypatch):
     assert [each["kind"] for each in found["findings"]] == ["agent-absent", "other-proxy"]
 
 
+def test_an_agent_that_may_not_be_asked_is_there_and_need_not_be_started(monkeypatch, capsys):
+    with_status(monkeypatch, AgentError("the agent's socket /run/sluice/agent.sock is for root alone"))
+    out = io.StringIO()
+    assert doctor.main(Settings(), "", "json", out=out, means=means()) == 2
+    found = json.loads(out.getvalue())
+    assert (found["findings"], found["healthy"]) == ([], False)
+    assert found["unread"] == ["the agent: the agent's socket /run/sluice/agent.sock is for root alone"]
+    assert "sluice run" not in capsys.readouterr().err
+
+
 def test_what_a_stranger_writes_forges_no_line(monkeypatch):
     known = agent(troubles=(Trouble(origin="service", subject="Service a/b", reason="bad\ncritical node: no\x1b[2J"),))
     monkeypatch.setattr(doctor, "from_agent", lambda *_: known)
@@ -595,7 +605,7 @@ def test_without_an_agent_damage_is_told_by_the_rules_themselves(carrier):
     assert (found.severity, found.subject) == ("error", "IPv4")
     assert found.what.endswith("are damaged: chain masquerade-marked lacks its rule 1")
     assert found.next == ("sluice dump --of kube-proxy" if carrier else "sluice dump")
-    assert "damage" not in kinds(msgspec.structs.replace(known, absent=""))
+    assert "damage" not in kinds(msgspec.structs.replace(known, absent="", status=HEALTHY))
 
 
 def test_next_to_another_proxy_no_agent_is_needed():

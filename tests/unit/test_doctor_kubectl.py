@@ -89,6 +89,8 @@ def test_a_namespace_given_as_to_kubectl(option: list[str], cluster: Cluster) ->
     assert executed(cluster) == ["sluice", "explain", "other/web", "--from", "node"]
     cluster.run("dump", *option, "--node=n1")
     assert executed(cluster) == ["sluice", "dump", *option], "dump has a namespace of its own"
+    cluster.run("explain", "web", *option, "--node=n1")
+    assert executed(cluster) == ["sluice", "explain", "web", "-n", "other"], "a name alone is for the verb to find out"
 
 
 def test_with_a_terminal_the_verb_has_one_too(cluster: Cluster) -> None:
