@@ -30,7 +30,7 @@ def status(ctx: click.Context, /, filename: str, output: str, **params: Any) -> 
     from proxy import status as verb  # noqa: PLC0415  # see the head of proxy.cli
 
     if filename:
-        from proxy import bundle_verbs  # noqa: PLC0415  # likewise
+        from proxy.bundle import verbs as bundle_verbs  # noqa: PLC0415  # likewise
 
         return bundle_verbs.status(filename, output)  # type: ignore[arg-type]  # as below
     settings = settings_of(ctx, given_flags(ctx, params))
@@ -79,7 +79,7 @@ def conntrack(
 
     chosen = verb.Chosen(service_in(service), address_in("--address", address), stale)
     if filename:
-        from proxy import bundle_verbs  # noqa: PLC0415  # likewise
+        from proxy.bundle import verbs as bundle_verbs  # noqa: PLC0415  # likewise
 
         if delete_stale:
             raise click.UsageError("--delete-stale is for a kernel, not for a bundle")
@@ -117,12 +117,12 @@ def doctor(ctx: click.Context, /, filename: str, output: str, **params: Any) -> 
 
     Ends with 0 if nothing is wrong, 1 if something is, 2 if something could not be looked at.
     """
-    from proxy import doctor as verb  # noqa: PLC0415  # see the head of proxy.cli
     from proxy import modes  # noqa: PLC0415  # likewise
+    from proxy.doctor import verb  # noqa: PLC0415  # see the head of proxy.cli
     from proxy.explain.gather import Means  # noqa: PLC0415  # likewise
 
     if saved := bundle_in((filename,) if filename else ()):
-        from proxy import bundle_verbs  # noqa: PLC0415  # likewise
+        from proxy.bundle import verbs as bundle_verbs  # noqa: PLC0415  # likewise
 
         return bundle_verbs.doctor(saved, output)  # type: ignore[arg-type]  # click has checked it
     given = given_flags(ctx, params)
@@ -204,8 +204,8 @@ def bundle(ctx: click.Context, /, output: str, **params: Any) -> int:
     What could be a secret is taken out; look through it all the same before you give it away.  dump, explain, verify,
     doctor, status and conntrack read it with -f.
     """
-    from proxy import bundle as verb  # noqa: PLC0415  # see the head of proxy.cli
     from proxy import modes  # noqa: PLC0415  # likewise
+    from proxy.bundle import making as verb  # noqa: PLC0415  # see the head of proxy.cli
 
     given = given_flags(ctx, params)
 

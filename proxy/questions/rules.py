@@ -88,7 +88,7 @@ def dump(
     if counters and (filename or of == "kube-proxy" or output == "raw"):
         raise click.UsageError("--counters are of this node and sluice's own rules, and not in -o raw")
     if saved := bundle_in(filename):
-        from proxy import bundle_verbs  # noqa: PLC0415  # likewise
+        from proxy.bundle import verbs as bundle_verbs  # noqa: PLC0415  # likewise
 
         if output == "raw":
             raise click.UsageError("-o raw is of a kernel: in a bundle it stands in rules-*.txt")
@@ -157,7 +157,7 @@ def explain(ctx: click.Context, /, target: str, namespace: str, output: str, aga
 
     target = qualified(target, namespace)
     if saved := bundle_in(params["filename"]):
-        from proxy import bundle_verbs  # noqa: PLC0415  # likewise
+        from proxy.bundle import verbs as bundle_verbs  # noqa: PLC0415  # likewise
 
         if again:
             raise click.UsageError("--watch: nothing changes in a bundle")
@@ -252,7 +252,7 @@ def verify(ctx: click.Context, /, filename: tuple[str, ...], output: str, of: st
     from proxy.foreign import choice  # noqa: PLC0415  # likewise
 
     if saved := bundle_in(filename):
-        from proxy import bundle_verbs  # noqa: PLC0415  # likewise
+        from proxy.bundle import verbs as bundle_verbs  # noqa: PLC0415  # likewise
 
         return bundle_verbs.verify(saved, output, of=of)  # type: ignore[arg-type]  # click has checked it
     files = sorted_by_content(filename)

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import msgspec
 
-from proxy import bundle_verbs
+from proxy.bundle import verbs as bundle_verbs
 from proxy.config.settings import Settings
 from proxy.counting import Off
 from proxy.desired import Desired

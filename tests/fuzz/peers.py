@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from proxy import agent_socket, bundle_reading, interfaces
+from proxy import agent_socket, interfaces
+from proxy.bundle import reading as bundle_reading
 from proxy.config import document
 from proxy.config.errors import ConfigError
 from proxy.config.load import load

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from proxy import bundle_reading
+from proxy.bundle import reading as bundle_reading
 from proxy.explain.surroundings import Surroundings
 from proxy.report import SourceReport, Status
 from proxy.sources.yaml_json import to_json

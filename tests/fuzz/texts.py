@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from proxy.bundle_secrets import cleaned, without_secrets
+from proxy.bundle.secrets import cleaned, without_secrets
 from proxy.config import flags
 from proxy.config.errors import ConfigError
 from proxy.config.load import load

@@ -16,10 +16,12 @@ import ryaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy import agent_socket, bundle, bundle_reading, cli, flows, modes
+from proxy import agent_socket, cli, flows, modes
 from proxy.agent_socket import NoAgentError, TableHead, WantedTable
-from proxy.bundle import without_secrets
-from proxy.bundle_reading import BundleError, Manifest
+from proxy.bundle import making as bundle
+from proxy.bundle import reading as bundle_reading
+from proxy.bundle.making import without_secrets
+from proxy.bundle.reading import BundleError, Manifest
 from proxy.objects import EndpointSlice, Service
 from proxy.report import SourceReport, Trouble
 from rules.dataplane import Capabilities, Raw, RawItem, UnavailableError

@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy import agent_socket, cli, doctor
+from proxy import agent_socket, cli
 from proxy.agent_socket import AgentError, NoAgentError
 from proxy.config.load import load as configure
 from proxy.config.settings import Settings
-from proxy.doctor_finding import WORST_FIRST, Finding
-from proxy.doctor_findings import Known, findings, lines
+from proxy.doctor import verb as doctor
+from proxy.doctor.finding import WORST_FIRST, Finding
+from proxy.doctor.findings import Known, findings, lines
 from proxy.explain import obstacles
 from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxy import cli
-from proxy.bundle_reading import OTHERS, TOP
+from proxy.bundle.reading import OTHERS, TOP
 from proxy.foreign.sources import Files, sort_files
 
 OLDER = Path(__file__).parents[1] / "recordings" / "kube-proxy-v1.20.2-ipvs"

@@ -10,8 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from proxy import bundle_checking, bundle_reading
-from proxy.bundle_secrets import without_secrets
+from proxy.bundle import checking as bundle_checking
+from proxy.bundle import reading as bundle_reading
+from proxy.bundle.secrets import without_secrets
 from proxy.explain import nftables_chains, passing_nftables, routing
 from proxy.explain.passing import Condition, ForeignRule
 from proxy.explain.surroundings import ForeignChain, Surroundings

@@ -3,7 +3,7 @@
     manifest.json        what is in it, and what could not be had and why
     status.json          what the agent says of itself
     objects.json         Services, slices, the Node and ServiceCIDRs as the agent knows them, as a List
-    tables.json          the wanted tables and the kernel's, exactly (see `proxy.bundle_reading`)
+    tables.json          the wanted tables and the kernel's, exactly (see `proxy.bundle.reading`)
     wanted.txt, held.txt the same for people
     rules-*.txt          the kernel's own rules and elements, as `sluice dump -o raw`
     configuration.json   the effective configuration, and the agent's command line
@@ -37,7 +37,7 @@ import msgspec
 
 from proxy import agent_socket, flows, modes
 from proxy.agent_socket import AgentError
-from proxy.bundle_reading import (
+from proxy.bundle.reading import (
     FORMAT,
     LONGEST,
     OTHERS,
@@ -49,8 +49,8 @@ from proxy.bundle_reading import (
     SavedFlows,
     SavedTable,
 )
-from proxy.bundle_secrets import cleaned, without_secrets
-from proxy.doctor import in_doubt, lacking_of
+from proxy.bundle.secrets import cleaned, without_secrets
+from proxy.doctor.verb import in_doubt, lacking_of
 from proxy.dump import Filter, Open, raw_lines
 from proxy.explain.gather import Means
 from proxy.explain.obstacles import backends_of

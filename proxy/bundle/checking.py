@@ -12,7 +12,7 @@ from proxy.explain.surroundings import Surroundings
 from rules.forwarding import Address, Family, Frontend, NodeFacts, Prefix, Protocol, Route, SourcePrefix, parse_prefix
 
 if TYPE_CHECKING:
-    from proxy.bundle_reading import Manifest, SavedFlow, SavedTable
+    from proxy.bundle.reading import Manifest, SavedFlow, SavedTable
 
 _SIZES = frozenset(family.address_bytes for family in Family)
 _PORTS = range(1 << 16)

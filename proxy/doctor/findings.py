@@ -1,4 +1,4 @@
-"""What is wrong on a node, from all that is known of it.  Pure; see `proxy.doctor`."""
+"""What is wrong on a node, from all that is known of it.  Pure; see `proxy.doctor.verb`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from proxy.doctor_finding import WORST_FIRST, Finding, Severity, subject_of
-from proxy.doctor_way import clashing, on_the_way
+from proxy.doctor.finding import WORST_FIRST, Finding, Severity, subject_of
+from proxy.doctor.way import clashing, on_the_way
 from proxy.explain.cause import Cause
 from proxy.explain.causes import causes_of, key_of_label
 from proxy.explain.evidence import Cluster, Evidence

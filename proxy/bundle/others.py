@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from proxy.bundle_reading import OTHERS, Bundle
+from proxy.bundle.reading import OTHERS, Bundle
 from proxy.config.settings import Settings
 from proxy.dump import Filter
 from proxy.explain.asked import Asked

@@ -25,7 +25,7 @@ from proxy import agent_socket, flows, verify
 from proxy.agent_socket import AgentError, NoAgentError
 from proxy.compute import View, semantics_of
 from proxy.config.settings import Settings
-from proxy.doctor_findings import Known, findings, lines
+from proxy.doctor.findings import Known, findings, lines
 from proxy.explain.evidence import Cluster
 from proxy.explain.gather import Means
 from proxy.explain.obstacles import backends_of

@@ -12,14 +12,15 @@ from typing import Literal
 
 import msgspec
 
-from proxy import bundle_others, flows
-from proxy import doctor as doctoring
+from proxy import flows
 from proxy import status as reporting
 from proxy.agent_socket import AgentError, NoAgentError
-from proxy.bundle_reading import Bundle, BundleError, SavedFlows, read
+from proxy.bundle import others
+from proxy.bundle.reading import Bundle, BundleError, SavedFlows, read
 from proxy.compute import compute
-from proxy.doctor import cluster_of
-from proxy.doctor_findings import Known
+from proxy.doctor import verb as doctoring
+from proxy.doctor.findings import Known
+from proxy.doctor.verb import cluster_of
 from proxy.dump import Filter
 from proxy.explain.agent import troubles_of
 from proxy.explain.asked import Asked, AskedAddress, parse_asked, parse_client
@@ -40,8 +41,8 @@ def dump(name: str, format_: Format, wanted: Filter, *, of: str | None = None) -
     """Print what the kernel held; 0, 1 if nothing is what was asked for, 2 if the archive cannot be read."""
     try:
         bundle = read(name)
-        if bundle_others.are_meant(bundle, of):
-            return bundle_others.dump(bundle, format_, wanted)
+        if others.are_meant(bundle, of):
+            return others.dump(bundle, format_, wanted)
     except (BundleError, ForeignError) as error:
         return _failed("dump", error)
     held = [Shown(each.dataplane, each.table) for each in bundle.tables_of("held")]
@@ -61,8 +62,8 @@ def verify(name: str, format_: Literal["text", "json"], *, of: str | None = None
     """Compare what the kernel held with what was wanted; as `sluice verify` ends."""
     try:
         bundle = read(name)
-        if bundle_others.are_meant(bundle, of):
-            return bundle_others.verify(bundle, format_)
+        if others.are_meant(bundle, of):
+            return others.verify(bundle, format_)
         compared = tuple(_compared(bundle))
     except (BundleError, ForeignError) as error:
         return _failed("verify", error)
@@ -78,10 +79,7 @@ def explain(
     try:
         asked, who = parse_asked(target), parse_client(client, interface)
         bundle = read(name)
-        if bundle_others.are_meant(bundle, of):
-            evidence = bundle_others.evidence(bundle, asked)
-        else:
-            evidence = _evidence(bundle, asked)
+        evidence = others.evidence(bundle, asked) if others.are_meant(bundle, of) else _evidence(bundle, asked)
     except (ValueError, AgentError, BundleError, ForeignError) as error:
         return _failed("explain", error)
     return tell(asked, who, evidence, as_json=as_json)
@@ -163,9 +161,9 @@ def _known(bundle: Bundle) -> Known:
         unread = (*unread, "the node beside sluice's rules is not in the bundle: nobody can tell what it was like")
     if bundle.status is None:
         absent = f"no agent answered on {where.node}, {where.taken} ({_why(bundle, 'status.json')})"
-        if bundle_others.are_meant(bundle, None) and bundle.surroundings is not None:
+        if others.are_meant(bundle, None) and bundle.surroundings is not None:
             return Known(
-                tables=bundle_others.tables(bundle),
+                tables=others.tables(bundle),
                 surroundings=without_them(bundle.surroundings),
                 absent=absent,
                 carrier=PROXY,

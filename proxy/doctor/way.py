@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from proxy.doctor_finding import Finding, Severity, subject_of
+from proxy.doctor.finding import Finding, Severity, subject_of
 from proxy.explain.crossing import Journey, bases_of, carried_by, met
 from proxy.explain.evidence import Cluster
 from proxy.explain.node_causes import kind_of, perhaps_words, words_of

@@ -1,4 +1,4 @@
-"""What is in an archive of `sluice bundle`; `proxy.bundle_verbs` answers from one.
+"""What is in an archive of `sluice bundle`; `proxy.bundle.verbs` answers from one.
 
 An archive comes from strangers: it is read as a stream, of known files, up to a length, and nothing of it is written
 anywhere.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from proxy.bundle_checking import check
+from proxy.bundle.checking import check
 from proxy.explain.surroundings import Surroundings
 from proxy.report import Status
 from rules.dataplane import Capabilities
