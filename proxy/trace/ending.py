@@ -26,6 +26,9 @@ class Ending:
 
     def __enter__(self) -> Self:
         self._reading, self._writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # By that and not by the handler, which the interpreter calls when `select` is over: a signal that comes right
+        # before it would be noticed at the deadline.
+        self._woken = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._before = signal.signal(signal.SIGINT, self._stop)
         return self
 
@@ -33,6 +36,7 @@ class Ending:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.signal(signal.SIGINT, self._before)
+        signal.set_wakeup_fd(self._woken)
         os.close(self._reading)
         os.close(self._writing)
 
@@ -45,4 +49,3 @@ class Ending:
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopped = True
-        os.write(self._writing, b"x")

@@ -97,7 +97,13 @@ class Trace:
 
     def packets(self) -> list[dict[str, Any]]:
         """What it has printed when it has ended by itself."""
-        assert self.process.wait(timeout=2 * DEADLINE) == 0, self._errors.read_text()
+        try:
+            assert self.process.wait(timeout=2 * DEADLINE) == 0, self._errors.read_text()
+        except subprocess.TimeoutExpired as error:
+            lines = self._output.read_text().count("\n")
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            error.add_note(f"{lines} packets were told; {self._errors.read_text()}{status}")
+            raise
         return [json.loads(line) for line in self._output.read_text().splitlines()]
 
     def end(self) -> None:
