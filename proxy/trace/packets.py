@@ -7,8 +7,8 @@ iptables have no number at all: they belong to the packet of the same source, an
 
 from __future__ import annotations
 
-from collections import deque
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -109,6 +109,74 @@ class Passed(NamedTuple):
 
 
 _Source = tuple[Address, int, Protocol]
+_Key = TypeVar("_Key")
+
+
+class _Underway(Generic[_Key]):
+    """Packets that are not complete, by key; the one of a line is found without a walk over all of them."""
+
+    def __init__(self) -> None:
+        self._packets: dict[_Key, Traced] = {}
+        self._by_source: dict[_Source, dict[_Key, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._packets)
+
+    def packets(self) -> Iterable[Traced]:
+        return self._packets.values()
+
+    def get(self, key: _Key) -> Traced | None:
+        return self._packets.get(key)
+
+    def put(self, key: _Key, traced: Traced) -> None:
+        self.pop(key)
+        self._packets[key] = traced
+        for source in _sources(traced):
+            self._by_source.setdefault(source, {})[key] = None
+
+    def pop(self, key: _Key) -> Traced | None:
+        traced = self._packets.pop(key, None)
+        for source in _sources(traced) if traced is not None else ():
+            keys = self._by_source[source]
+            del keys[key]
+            if not keys:
+                del self._by_source[source]
+        return traced
+
+    def of(self, passed: Passed) -> _Key | None:
+        """Whose line it is; None: of none of these."""
+        keys = self._by_source.get(_source(passed.headers), ())
+        return next((key for key in keys if _is_of(passed, self._packets[key])), None)
+
+
+class _Early:
+    """Lines of packets whose first event was not read yet; of too many, those of the oldest source go."""
+
+    def __init__(self) -> None:
+        self._by_source: dict[_Source, dict[int, Passed]] = {}
+        self._kept = 0
+        self._number = 0
+
+    def keep(self, passed: Passed) -> None:
+        if self._kept >= MOST_EARLY:
+            self._kept -= len(self._by_source.pop(next(iter(self._by_source))))
+        self._by_source.setdefault(_source(passed.headers), {})[self._number] = passed
+        self._number += 1
+        self._kept += 1
+
+    def near(self, traced: Traced) -> list[tuple[int, Passed]]:
+        """Lines that may be of a packet, numbered, in their order."""
+        if not self._kept:
+            return []
+        return sorted(item for source in _sources(traced) for item in self._by_source.get(source, {}).items())
+
+    def drop(self, number: int, passed: Passed) -> None:
+        source = _source(passed.headers)
+        lines = self._by_source[source]
+        del lines[number]
+        self._kept -= 1
+        if not lines:
+            del self._by_source[source]
 
 
 class Assembly:
@@ -117,10 +185,10 @@ class Assembly:
     def __init__(self, own_table: str, whose: Whose = SLUICE) -> None:
         self._own_table = own_table
         self._whose = whose
-        self._open: dict[int, Traced] = {}
-        self._looped: dict[Headers, Traced] = {}
+        self._open: _Underway[int] = _Underway()
+        self._looped: _Underway[Headers] = _Underway()
         """What left by the loopback interface, and has not come in yet."""
-        self._early: deque[Passed] = deque(maxlen=MOST_EARLY)
+        self._early = _Early()
 
     def add(self, event: Event) -> list[Traced]:
         """Take note of an event; the packets that are complete with it."""
@@ -131,67 +199,64 @@ class Assembly:
             if traced is not None:
                 lost = [traced]
             traced = Traced(before=event.headers, after=event.headers, input=event.input)
-        elif event.headers is not None and (looped := self._looped.pop(event.headers, None)) is not None:
+        elif event.headers is not None and (looped := self._looped.pop(event.headers)) is not None:
             lost = [traced] if traced is not None else []
             traced = looped
         if traced is None:
             return lost
         traced = self._with_early(_advanced(traced, event, self._whose))
-        self._open.pop(event.id, None)
+        self._open.pop(event.id)
         if traced.dropped is not None:
             return [*lost, traced]
         if own and event.chain == LEAVING and event.output == LOOPBACK:
-            self._looped[traced.after] = traced
+            self._looped.put(traced.after, traced)
         elif own and event.chain in {LEAVING, ENTERING}:
             return [*lost, msgspec.structs.replace(traced, arrived=True)]
         elif len(self._open) < MOST_OPEN:
-            self._open[event.id] = traced
+            self._open.put(event.id, traced)
         return lost
 
     def passed(self, passed: Passed) -> list[Traced]:
         """Take note of a line; the packets that are complete with it."""
-        found = _lined(self._open, passed, self._whose)
+        found = self._lined(self._open, passed)
         if found is None:
-            found = _lined(self._looped, passed, self._whose)
+            found = self._lined(self._looped, passed)
         if found is None:
-            self._early.append(passed)
+            self._early.keep(passed)
         return found or []
 
     def rest(self) -> list[Traced]:
         """Packets that were seen and of which no end was told."""
-        return [*self._open.values(), *self._looped.values()]
+        return [*self._open.packets(), *self._looped.packets()]
 
     def _with_early(self, traced: Traced) -> Traced:
         """A packet with the lines that were read before it was known."""
-        if not self._early:
-            return traced
-        left: deque[Passed] = deque(maxlen=MOST_EARLY)
-        for each in self._early:
+        for number, each in self._early.near(traced):
             if traced.dropped is None and _is_of(each, traced):
                 traced = _went_through(traced, each, self._whose)
-            else:
-                left.append(each)
-        self._early = left
+                self._early.drop(number, each)
         return traced
 
-
-_Key = TypeVar("_Key")
-
-
-def _lined(packets: dict[_Key, Traced], passed: Passed, whose: Whose) -> list[Traced] | None:
-    """Write a line to its packet; the packets that end with it; None: it is not among these."""
-    key = next((key for key, traced in packets.items() if _is_of(passed, traced)), None)
-    if key is None:
-        return None
-    traced = packets[key] = _went_through(packets[key], passed, whose)
-    if traced.dropped is None:
+    def _lined(self, packets: _Underway[_Key], passed: Passed) -> list[Traced] | None:
+        """Write a line to its packet; the packets that end with it; None: it is not among these."""
+        key = packets.of(passed)
+        traced = packets.pop(key) if key is not None else None
+        if key is None or traced is None:
+            return None
+        traced = _went_through(traced, passed, self._whose)
+        if traced.dropped is not None:
+            return [traced]
+        packets.put(key, traced)
         return []
-    del packets[key]
-    return [traced]
 
 
 def _source(headers: Headers) -> _Source:
     return headers.source, headers.source_port, headers.protocol
+
+
+def _sources(traced: Traced) -> set[_Source]:
+    """Those that lines about a packet have."""
+    return {_source(traced.before), _source(traced.after)}
 
 
 def _is_of(passed: Passed, traced: Traced) -> bool:

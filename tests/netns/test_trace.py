@@ -157,7 +157,19 @@ def connect(world: World, host: str, address: str, port: int, protocol: str = "T
     return outcome
 
 
+@pytest.fixture
+def lines_of_legacy_iptables(node: World) -> Iterator[None]:
+    """Twenty rules of legacy iptables that every packet meets, so that the kernel tells of twenty lines more."""
+    rules = ["-p", "tcp", "-m", "comment", "--comment", "met"]
+    for _ in range(20):
+        said(node, "iptables-legacy", "-A", "FORWARD", *rules)
+    yield
+    for _ in range(20):
+        said(node, "iptables-legacy", "-D", "FORWARD", *rules)
+
+
 @RULES
+@pytest.mark.usefixtures("lines_of_legacy_iptables")
 def test_what_comes_faster_than_it_is_read_is_told_to_be_missing(node, mode, tmp_path):
     """Nothing is read while the process stands still, and the kernel tells of a thousand packets and many rules."""
     if mode == "ipvs":

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.trace import packets
 from proxy.trace.judged import Judge
-from proxy.trace.packets import MOST_OPEN, Assembly, Passed, Place, Traced
+from proxy.trace.packets import MOST_EARLY, MOST_OPEN, Assembly, Passed, Place, Traced
 from proxy.trace.told import Told, Witness, lines, tell, to_data
 from rules.explanation import Why
 from rules.forwarding import Backend, Family, ForwardingTable, Frontend, Kind, Protocol, Route, parse_address
@@ -384,3 +385,28 @@ def test_what_others_drop_and_what_is_not_seen_again():
     unseen = told(Traced(before=BEFORE, after=AFTER))
     assert list(lines(unseen))[-1].startswith("  It was not seen leaving the node")
     assert (dropped.expected, unseen.expected) == (True, True)
+
+
+def test_a_line_costs_the_same_however_many_packets_are_under_way(monkeypatch):
+    compared: list[Passed] = []
+    is_of = packets._is_of
+    monkeypatch.setattr(packets, "_is_of", lambda *both: compared.append(both[0]) or is_of(*both))
+    assembly, clients = Assembly(OWN), [BEFORE._replace(source_port=port) for port in range(1, 501)]
+    assert not any(assembly.passed(passed(f"SLUICE-{turn}", each)) for turn in range(10) for each in clients)
+    for number, each in enumerate(clients):
+        assembly.add(event(SAMPLE, each, table=OWN, verdict=-1, id=number))
+        assembly.add(event("services", id=number))
+    for each in clients:
+        assert assembly.passed(passed("SLUICE-LATE", each)) == []
+    assert [len(each.chains) for each in assembly.rest()] == [12] * len(clients)
+    assert len(compared) == 11 * len(clients)
+
+
+def test_lines_of_packets_that_never_come_do_not_pile_up():
+    assembly = Assembly(OWN)
+    for number in range(MOST_EARLY + 1000):
+        assembly.passed(passed("SLUICE-S", BEFORE._replace(source_port=number >> 1)))
+    oldest, newest = BEFORE._replace(source_port=0), BEFORE._replace(source_port=MOST_EARLY >> 1)
+    for number, each in enumerate((oldest, newest)):
+        assembly.add(event(SAMPLE, each, table=OWN, verdict=-1, id=number))
+    assert [each.chains for each in assembly.rest()] == [(), ("SLUICE-S",)]
