@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import sys
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -41,7 +40,7 @@ def packets(question: Question, ending: Ending, hear: Hear, local_addresses: Abs
         ended = False
         while left and not ended:
             ended = ending.wait([listener])
-            for datagram in listener.datagrams(sys.maxsize):
+            for datagram in listener.waiting():
                 for before, after in decode_passages(datagram):
                     if left and is_wanted(question, before, local_addresses):
                         left -= 1

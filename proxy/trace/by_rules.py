@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -110,9 +109,9 @@ def _followed(
 def _complete(heard: _Heard, assembly: Assembly, legacy: Mapping[Family, Chains]) -> Iterator[Traced]:
     """The packets that are complete with what waits."""
     listener, log = heard
-    waiting = list(listener.datagrams(sys.maxsize))  # all: what is not read now is missing at the end
+    waiting = list(listener.waiting())  # all: what is not read now is missing at the end
     # A packet's lines were told before its last event was: with all lines that wait now, it lacks none.
-    for datagram in log.datagrams(sys.maxsize) if log is not None else ():
+    for datagram in log.waiting() if log is not None else ():
         for line in decode_lines(datagram):
             yield from assembly.passed(_passed(line, legacy))
     for datagram in waiting:

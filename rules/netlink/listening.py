@@ -20,6 +20,8 @@ _NETLINK_NETFILTER = 12
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_RCVBUFFORCE = 33
 _RECEIVE = 1 << 16
+_SMALLEST = 512
+"""Bytes of room that the shortest datagram takes, at the least; the kernel gives twice the room that is asked for."""
 _ANSWER_SECONDS = 5
 
 AT_ONCE = 1000
@@ -41,6 +43,7 @@ class Listening(Closing):
             group: the multicast group that it is a member of; 0: none.
             program: a filter that lets through what is to be heard; none: everything.
         """
+        self._most = 2 * room // _SMALLEST
         self.lost = 0
         """How often more came than there was room for."""
         self._socket = socket.socket(
@@ -81,6 +84,14 @@ class Listening(Closing):
                     raise
                 self.lost += 1
                 yield b""
+
+    def waiting(self) -> Iterator[bytes]:
+        """All that waits now, as `datagrams`: no more than there is room for, however fast more comes.
+
+        Raises:
+            OSError: the socket cannot be read.
+        """
+        return self.datagrams(self._most)
 
     def ask(self, message: bytes) -> None:
         """Have a request carried out that asks to be acknowledged; what is told before that is not kept.
