@@ -57,7 +57,7 @@ def run(ctx: click.Context, /, **params: Any) -> int:
     if (texts := dict(given)).get("version", "false") != "false":
         return _print_version()
     parsed = {name: flags.BY_NAME[name].type for name in texts}
-    if "cleanup" in parsed and is_true(texts, "cleanup"):
+    if "cleanup" in parsed and is_true(texts, "cleanup") and not texts.get("write-config-to"):
         from proxy import cleanup as verb  # noqa: PLC0415  # see the head of this module
 
         return min(verb.main(verb.ALL if is_true(texts, "remove-kube-proxy-rules") else verb.SLUICE), 1)

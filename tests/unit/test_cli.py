@@ -110,12 +110,14 @@ def test_cfg_50_a_configuration_is_checked_before_anything_is_done_by_it(agent, 
     assert (written.exists(), set_up, agent) == (False, [], [])
 
 
-def test_cfg_50_51_53_each_action_ends_before_the_next_and_with_0(agent, set_up, tmp_path, capsys):
+def test_cfg_50_51_53_each_action_ends_before_the_next_and_with_0(agent, set_up, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("proxy.cleanup.main", lambda _whose: pytest.fail("it cleans up"))
     written = tmp_path / "written.yaml"
     assert cli.main(["--version", f"--write-config-to={written}", "--init-only"], name="kube-proxy") == 0
     assert capsys.readouterr().out.startswith("sluice ")
     assert not written.exists()
-    assert cli.main([f"--write-config-to={written}", "--init-only", "--conntrack-min=7"], name="kube-proxy") == 0
+    write = f"--write-config-to={written}"
+    assert cli.main([write, "--cleanup", "--init-only", "--conntrack-min=7"], name="kube-proxy") == 0
     assert yaml.safe_load(written.read_text())["conntrack"]["min"] == 7
     assert (set_up, agent) == ([], [])
     assert cli.main(["--init-only", "--conntrack-min=7"], name="kube-proxy") == 0
