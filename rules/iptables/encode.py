@@ -106,8 +106,8 @@ def has_chains(route: Route) -> bool:
 
 
 def affinity_key(frontend: Frontend, route: Route) -> str:
-    """What the remembered clients of a service port are kept under."""
-    return short_hash(f"{route.label or frontend} {frontend.protocol.name} {route.affinity}", 16)
+    """What the remembered clients of a service port are kept under, for however long that is."""
+    return short_hash(f"{route.label or frontend} {frontend.protocol.name}", 16)
 
 
 def encode_nat(family: Family, facts: NodeFacts, frontend: Frontend, route: Route, key: str | None = None) -> Placed:

@@ -170,3 +170,11 @@ def test_each_connection_begins_the_time_anew(remembering, world):
         assert now == first, f"after {asked - began:.1f} s"
         last = asked
         time.sleep(0.25)  # the time is the kernel's
+
+
+def test_a_client_keeps_its_backend_when_the_time_becomes_another(remembering, world):
+    """TRF-24: how long is the Service's business, with whom is what was remembered."""
+    before = choices(world, CLUSTER_IP, LOAD_BALANCER)
+    for timeout in (600, 86400):
+        remembering.apply(sticky(*BACKENDS, timeout=timeout))
+        assert choices(world, CLUSTER_IP, LOAD_BALANCER) == before
