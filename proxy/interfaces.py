@@ -30,6 +30,9 @@ from rules.netlink.errors import error_code
 SETTLE = 0.05
 """Seconds in which a burst of changes (an interface comes up) is one change."""
 
+RETRY = 1.0
+"""Seconds after which addresses that could not be read are read again."""
+
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NEW_LINK, _GET_LINK, _NEW_ADDRESS, _GET_ADDRESS = 16, 18, 20, 22
 _LINK_NAME = 3
@@ -106,25 +109,44 @@ def _dump(netlink: socket.socket, request: int, answer: int, header: struct.Stru
 
 
 async def watch_addresses(on_change: Callable[[Mapping[str, tuple[Address, ...]]], None]) -> None:
-    """Call `on_change` with the addresses whenever one comes or goes, until cancelled."""
+    """Call `on_change` with the addresses whenever one comes or goes, until cancelled.
+
+    Addresses that cannot be read are read again soon: those that were told hold until then.
+    """
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE) as events:
         events.bind((0, _GROUP_IPV4_ADDRESSES | _GROUP_IPV6_ADDRESSES))
         loop.add_reader(events, _drain, events, changed)
         try:
-            last = await asyncio.to_thread(read_addresses)
+            last = await _read_in_time()
             on_change(last)
             while True:
                 await changed.wait()
                 await asyncio.sleep(SETTLE)
                 changed.clear()
-                addresses = await asyncio.to_thread(read_addresses)
+                addresses = await _read_in_time()
                 if addresses != last:
                     last = addresses
                     on_change(addresses)
         finally:
             loop.remove_reader(events)
+
+
+async def _read_in_time() -> Mapping[str, tuple[Address, ...]]:
+    """The addresses, as soon as they can be read: a process has no descriptor left, or interfaces come and go."""
+    told = False
+    while True:
+        try:
+            return await asyncio.to_thread(read_addresses)
+        except (OSError, DecodeError) as error:
+            from proxy.logs import get_logger  # noqa: PLC0415  # 60 ms that verbs which read once do without
+
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            tell = get_logger("sluice.agent").debug if told else get_logger("sluice.agent").warning
+            tell("the node's addresses cannot be read: trying again", reason=reason)
+            told = True
+        await asyncio.sleep(RETRY)
 
 
 def _drain(events: socket.socket, changed: asyncio.Event) -> None:

@@ -6,6 +6,7 @@ same address and port, the route of the address has it, unless it has no backend
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -91,6 +92,7 @@ class Table:
         self._memory = memory
         self._chance = chance
         self._interfaces = interfaces
+        self._interfaces_seen: Mapping[int, str] = {}
         self._counters: dict[Frontend, Counters] = {}
         self._hairpins: set[Endpoint] = set()
 
@@ -107,7 +109,7 @@ class Table:
             self.served.pop(frontend, None)
         if asked.node is not None:
             touched |= self._node_port_binds()
-            self.sources = Sources(asked.node, self._interfaces())
+            self.sources = Sources(asked.node, self._look_at_interfaces())
             touched |= self._node_port_binds()
             touched |= self._resourced()
         for frontend, route in put.items():
@@ -125,11 +127,17 @@ class Table:
         """Look at the node's interfaces again; the places whose filter names others than before."""
         if not self.sources.by_interface:
             return set()
-        found = Sources(self.sources.node, self._interfaces())
+        found = Sources(self.sources.node, self._look_at_interfaces())
         if found.pod_interfaces == self.sources.pod_interfaces:
             return set()
         self.sources = found
         return self._resourced()
+
+    def _look_at_interfaces(self) -> Mapping[int, str]:
+        """The node's interfaces, or those of the last look: it takes a descriptor, and clients may have them all."""
+        with contextlib.suppress(OSError):
+            self._interfaces_seen = self._interfaces()
+        return self._interfaces_seen
 
     def owner(self, bind: Bind) -> Served | None:
         """Whose listener stands at a place; None: nobody's."""

@@ -15,6 +15,7 @@ fails, listeners rest for a while.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -80,6 +81,10 @@ class TcpListener:
         except BlockingIOError:
             return False
         except OSError as error:
+            if error.errno == errno.EINVAL:
+                # Somebody has closed the listener itself (`ss -K`), and the kernel would tell of that for ever.
+                self._tcp.poller.remove(self._descriptor)
+                return False
             if not sockets.is_exhaustion(error):
                 return True  # it was gone before it could be accepted
             if self._tcp.refuse_one(self):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,6 +157,26 @@ def test_interfaces_tell_pods_by_name_and_are_looked_at_again() -> None:
     interfaces[9] = "veth9"
     assert some.refresh_interfaces() == {Bind(*frontend)}
     assert admission(NO_LOCAL, some.sources, VIP).stages[0].interfaces == (7, 9)
+
+
+def test_interfaces_that_cannot_be_looked_at_are_those_of_the_last_look() -> None:
+    found = [{7: "veth7"}]
+
+    def interfaces() -> dict[int, str]:
+        if not found:
+            raise OSError(errno.EMFILE, "no descriptor is left")
+        return found.pop()
+
+    some = Table(Family.IPV4, memory=Memory(), chance=random.Random(1), interfaces=interfaces)
+    frontend = Frontend(VIP, TCP, 80)
+    node = WireNode(detector=InputInterfacePrefix("veth"))
+    some.change(put((frontend, NO_LOCAL), node=node))
+    assert some.refresh_interfaces() == set()
+    some.change(put(node=msgspec.structs.replace(node, local_addresses=frozenset({NODE1}))))
+    assert admission(NO_LOCAL, some.sources, VIP).stages[0].interfaces == (7,)
+    found.append({9: "veth9"})
+    assert some.refresh_interfaces() == {Bind(*frontend)}
+    assert admission(NO_LOCAL, some.sources, VIP).stages[0].interfaces == (9,)
 
 
 def test_ranges_admit_their_members_and_none_admits_all() -> None:
