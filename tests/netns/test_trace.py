@@ -101,8 +101,7 @@ class Trace:
             assert self.process.wait(timeout=2 * DEADLINE) == 0, self._errors.read_text()
         except subprocess.TimeoutExpired as error:
             lines = self._output.read_text().count("\n")
-            status = Path(f"/proc/{self.process.pid}/status").read_text()
-            error.add_note(f"{lines} packets were told; {self._errors.read_text()}{status}")
+            error.add_note(f"{lines} packets were told; {self._errors.read_text()}")
             raise
         return [json.loads(line) for line in self._output.read_text().splitlines()]
 
