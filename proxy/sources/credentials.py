@@ -24,8 +24,9 @@ import msgspec
 
 from proxy.sources.credentials_reading import SERVICE_ACCOUNT, Reading
 
-READ_TIMEOUT = 60.0
-"""Seconds for the child, exec plugin included: some of them ask a distant service."""
+READ_TIMEOUT = 45.0
+"""Seconds for the child, exec plugin included: some of them ask a distant service.  Less than a request has that needs
+the credentials (`Settings.answer`): else it would only be known that there was no answer, and not whose."""
 
 RENEW_PAUSE = 10.0
 """Least seconds between two runs of the child, so that a server which refuses everything costs no storm of plugins."""

@@ -20,12 +20,15 @@ _BY_STATUS = {
 _UNTRUSTED = "give the right certificate-authority in the kubeconfig, and the server by a name in its certificate"
 _REFUSED = "the API server has a trouble of its own: look at its log"
 _UNREACHABLE = "see whether it runs and can be reached from this node, and whether the kubeconfig or --master names it"
+_USUAL = "nothing, unless it happens all the time"
 _BROKEN = "see whether that is an API server, and what stands between it and this node"
 
 
 def advice(error: ApiError) -> str:
     """What to do about a failure, in a sentence's form."""
     match error:
+        case _ if error.usual:
+            return _USUAL
         case RefusedError():
             return _BY_STATUS.get(error.status.code, _REFUSED)
         case UntrustedError():

@@ -103,6 +103,8 @@ class Progress:
         self._version = ""
         self._lists = self._watches = self._events = 0
         self._error = ""
+        self._lost = False
+        """Whether it failed otherwise than happens to everybody."""
         self._failures = 0
         self._failed = timing.clock()
 
@@ -140,8 +142,14 @@ class Progress:
         self._watches += 1
         self._state = State.WATCHING
         if self._error:
-            self._log.info("connected")
+            tell = self._log.info if self._lost else self._log.debug
+            tell("connected")
+            self._lost = False
         self._recovered()
+
+    def lasted(self) -> None:
+        """A watch has lasted: what fails now fails for the first time."""
+        self._failures = 0
 
     def heard(self, version: str, *, event: bool) -> None:
         self._heard = self.timing.clock()
@@ -164,7 +172,8 @@ class Progress:
     async def pause(self, error: ApiError) -> None:
         """Wait after a failure: longer after each, up to `longest_delay`, and as long as the server asks for."""
         delay = max(self._next_delay(), error.retry_after)
-        news = self._failing.is_news(self.resource, error)
+        news = not error.usual and self._failing.is_news(self.resource, error)
+        self._lost = self._lost or not error.usual
         tell = self._log.warning if news else self._log.debug
         tell("lost", server=self._failing.server(), why=str(error), retry_in=round(delay, 1), do=advice(error))
         self._error = str(error)

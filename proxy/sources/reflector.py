@@ -36,6 +36,10 @@ ANY_VERSION = "0"
 
 EVENTS = frozenset({"ADDED", "MODIFIED", "DELETED", "BOOKMARK"})
 
+LASTING = 30.0
+"""Seconds: a watch that has lasted so long may break, as load balancers end what is idle; that there is no other one
+would be news."""
+
 SHORT_WATCH = 1.0
 """Seconds: a watch that ends sooner, and without an event, counts as a failure, else a sick server is asked nonstop."""
 
@@ -79,9 +83,17 @@ class NotServed(NamedTuple):
 class StartOverError(ApiError):
     """The watch cannot be resumed from the version reached; only a list helps."""
 
+    def __init__(self, reason: str, *, usual: bool = False) -> None:
+        super().__init__(reason)
+        self.usual = usual
+
 
 class BrokenError(UnreachableError):
     """A stream held what is no event, or ended in the middle of one."""
+
+
+class NotStreamingError(UnreachableError):
+    """A server that was asked for a streaming list has not understood that."""
 
 
 class _Streak:
@@ -120,6 +132,8 @@ class _Streak:
                 self._broken += 1
                 if self._broken >= BROKEN_STREAMS:
                     raise StartOverError(str(failure))
+            case UnreachableError() if self._clock() - self._began >= LASTING:
+                failure.usual = True
             case None if self._quiet and self._clock() - self._began < SHORT_WATCH:
                 return UnreachableError("the server ended the watch at once")
         return failure
@@ -172,7 +186,7 @@ class Reflector:
             raise BrokenError(f"the watch broke: {error}") from None
         except RefusedError as error:
             if error.status.expired or error.status.too_large_version:
-                raise StartOverError(str(error)) from None
+                raise StartOverError(str(error), usual=True) from None
             raise
         if lines.pending:
             raise BrokenError("the watch broke off in the middle of an event")
@@ -217,6 +231,8 @@ class Reflector:
                 failure = error
             opened = None
             if wait_for := streak.ended(failure):
+                if wait_for.usual:
+                    self._progress.lasted()
                 await self._progress.pause(wait_for)
 
     async def list_then_watch(self, *, newest: bool = False) -> AsyncGenerator[Listed | Event | NotServed, None]:
@@ -273,9 +289,9 @@ class Reflector:
                     yield event
 
     def _cannot_stream(self, error: ApiError) -> bool:
-        """A streaming list failed as it does with servers that have none: by a refusal, or by saying nothing more."""
+        """A streaming list failed as with servers that have none: they refuse it, say nothing more, or watch."""
         refused = isinstance(error, RefusedError) and error.status.code in NO_STREAMING_LISTS
-        return self._streaming and (refused or isinstance(error, SilentError))
+        return self._streaming and (refused or isinstance(error, (SilentError, NotStreamingError)))
 
     async def _list(self, version: str) -> Listed:
         """All objects, page by page, and the version of the list.
@@ -305,7 +321,7 @@ class Reflector:
                 page = await self._page(self._target.selectors)
                 return Listed(page.items or [], page.metadata.resource_version or "")
             if error.status.expired or error.status.too_large_version:
-                raise StartOverError(str(error)) from None
+                raise StartOverError(str(error), usual=True) from None
             raise
 
     async def _page(self, query: Mapping[str, str]) -> ListPage:
@@ -320,14 +336,18 @@ async def _streamed_list(events: AsyncGenerator[Event, None]) -> Listed:
     """The list at the beginning of a streaming one.
 
     Besides ADDED for each object there may be changes in it: the server begins with what its cache holds, and goes on
-    until that is as new as was asked for.
+    until that is as new as was asked for.  Its first bookmark is the one at the end.
+
+    Raises:
+        NotStreamingError: it is none: the server watches, as if nothing but that had been asked for.
+        RefusedError, UnreachableError: as a watch does.
     """
     found: dict[Key | int, msgspec.Raw] = {}
     async for event in events:
         if event.type == "BOOKMARK":
             if event.ends_list:
                 return Listed(list(found.values()), event.head.version)
-            continue
+            raise NotStreamingError("the server sends no streaming list")
         key = event.head.key
         if event.type == "DELETED":
             found.pop(key, None)

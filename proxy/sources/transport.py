@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import socket
 import ssl
 import time
 import urllib.parse
@@ -26,8 +27,16 @@ from proxy.sources.wire import Status, decode_status
 CONNECT_TIMEOUT = 10.0
 """Seconds for a TCP connection to one address; a dead server must not hold up the next of its addresses."""
 
+PROBE_AFTER, PROBE_EVERY, PROBES = 30, 5, 3
+"""Seconds of silence after which the kernel asks whether the server is still there, seconds between such probes, and
+how many without an answer break the connection: a server without power, or whose address has moved to another one, is
+found out in the 45 s that client-go takes, where a watch by itself may well be silent for minutes."""
+
 READ_BUFFER = 1 << 18
 """Bytes read ahead: a watch line of a large slice in one or two reads."""
+
+LONGEST_WAIT = 300.0
+"""Seconds for which a server is left alone at most, whatever it asks for: a wrong answer is no reason to wait long."""
 
 MOST_OF_A_REFUSAL = 1 << 16
 """Bytes read of an answer that is no success."""
@@ -45,6 +54,8 @@ class ApiError(Exception):
 
     retry_after: float = 0.0
     """Seconds that the server wants to be left alone."""
+    usual: bool = False
+    """Whether it happens to every client of a healthy server now and then."""
 
 
 class RefusedError(ApiError):
@@ -54,7 +65,8 @@ class RefusedError(ApiError):
         text = status.message or status.reason or "no reason given"
         super().__init__(f"{' '.join(text.split())[:300]} ({status.code})")
         self.status = status
-        self.retry_after = retry_after or (status.details and status.details.retry_after_seconds) or 0.0
+        asked = retry_after or (status.details and status.details.retry_after_seconds) or 0.0
+        self.retry_after = min(asked, LONGEST_WAIT)
 
 
 class UnreachableError(ApiError):
@@ -147,6 +159,7 @@ class Client:
                 response = await self._ask(path, query)
         except (*FAILURES, CredentialsError) as error:
             raise _unreachable(error) from None
+        _have_probed(response)
         try:
             yield b""
             while chunk := await _read(response, silence()):
@@ -222,6 +235,19 @@ class Client:
         return self._tls[1]
 
 
+def _have_probed(response: aiohttp.ClientResponse) -> None:
+    """Have the kernel see that the other end of a response's connection is still there, as long as it says nothing."""
+    connection = response.connection
+    sock = connection.transport.get_extra_info("socket") if connection and connection.transport else None
+    if sock is None:
+        return  # all of the answer has come
+    with contextlib.suppress(OSError):  # it has just ended: the next read tells
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+
+
 def _same_tls(one: Credentials, other: Credentials) -> bool:
     fields = ("server", "ca", "certificate", "key", "insecure")
     return all(getattr(one, field) == getattr(other, field) for field in fields)
@@ -240,8 +266,8 @@ def _proxy(url: str) -> tuple[str | None, dict[str, str]]:
 
 
 def _seconds(retry_after: str) -> float:
-    """Retry-After in seconds; API servers give no dates, and a wrong header is no reason to wait long."""
-    return min(float(retry_after), 300.0) if retry_after.isascii() and retry_after.isdigit() else 0.0
+    """Retry-After in seconds; API servers give no dates."""
+    return float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0.0
 
 
 FAILURES = (aiohttp.ClientError, OSError, ValueError)

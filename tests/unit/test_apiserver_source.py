@@ -289,6 +289,22 @@ def test_an_expired_version_in_a_watch_means_a_fresh_list(settings):
     run(test, settings=settings, objects=[service("old")])
 
 
+def test_an_expired_version_is_the_way_of_the_world_and_asks_for_nothing_to_be_done():
+    async def test(server, follower):
+        stream = await watching(server)
+        stream.stalled = True
+        server.set(service("new"))
+        server.store.expire()
+        stream.end()
+        await eventually(lambda: follower.sink.names() == {"new"})
+
+    with structlog.testing.capture_logs() as logs:
+        run(test)
+    [lost] = [entry for entry in logs if entry["event"] == "lost" and "(410)" in entry["why"]]
+    assert lost["log_level"] == "debug"
+    assert lost["do"].startswith("nothing")
+
+
 def test_an_expired_version_as_http_status_means_a_fresh_list():
     async def test(server, follower):
         await watching(server)
@@ -423,6 +439,28 @@ def test_a_server_without_streaming_lists_is_asked_for_plain_ones(streaming):
     run(test, settings=Settings(initial_silence=0.05), objects=[service("web")], streaming=streaming)
 
 
+def test_a_server_that_ignores_the_request_for_a_streaming_list_is_found_out_though_it_is_never_silent():
+    async def churn(server):
+        while True:
+            server.set(service("busy", "10.96.0.9"))
+            await asyncio.sleep(0.01)
+
+    async def test(server, follower):
+        async with asyncio.TaskGroup() as group:
+            changes = group.create_task(churn(server))
+            await eventually(lambda: "list" in server.verbs("services") or follower.sink.names())
+            await eventually(lambda: follower.sink.names() >= {"web", "busy"})
+            changes.cancel()
+
+    run(
+        test,
+        settings=Settings(initial_silence=1),
+        objects=[service("web")],
+        streaming="ignored",
+        bookmark_every=0.2,
+    )
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -473,6 +511,20 @@ def test_retry_after_is_kept_and_delays_grow_and_end_at_the_longest():
     asyncio.run(both())
 
 
+def test_no_server_is_left_alone_for_longer_than_five_minutes():
+    busy = {"kind": "Status", "code": 429, "message": "busy", "details": {"retryAfterSeconds": 1e9}}
+
+    async def both():
+        async with FakeApiServer(bookmark_every=0) as server:
+            server.faults.append(Fault(resource="services", status=429, body=json.dumps(busy).encode()))
+            server.faults.append(Fault(resource="services", status=429, headers={"Retry-After": "86400"}))
+            async with following(server.url) as follower:
+                await eventually(lambda: Resource.SERVICES in follower.sink.objects)
+                assert follower.naps == [300, 300]
+
+    asyncio.run(both())
+
+
 # --- the server is away --------------------------------------------------------------------------------------
 
 
@@ -513,6 +565,38 @@ def test_changes_of_state_are_logged_once_and_events_never():
     # First how the connection went, then that there is no other.
     assert 1 <= len(lost) <= 2
     assert all(entry["why"] and entry["retry_in"] > 0 for entry in lost)
+
+
+def test_a_connection_that_ends_after_a_while_is_no_news_unless_there_is_no_other():
+    now = [1000.0]
+
+    async def test(server, follower):
+        await started(server, follower)
+        for _ in range(3):
+            now[0] += 50.0  # as behind a load balancer that ends what is idle
+            for stream in list(server.streams):
+                stream.abort()
+            seen = len(queries(server, "watch"))
+            await eventually(lambda seen=seen: len(server.streams) == 4 and len(queries(server, "watch")) > seen)
+        assert [entry["event"] for entry in logs if entry["log_level"] != "debug"] == ["listed"] * 4
+        assert set(follower.naps) == {0.8}, "what has lasted is no failure that makes the next pause longer"
+        now[0] += 50.0
+        await server.stop()
+        await eventually(lambda: len(follower.naps) > 40)
+        await server.start()
+        await eventually(lambda: len(server.streams) == 4)
+        told = [entry for entry in logs if entry["log_level"] != "debug"][4:]
+        assert {entry["event"] for entry in told} == {"lost", "connected"}
+        assert all(entry["why"].startswith("cannot connect to") for entry in told if entry["event"] == "lost")
+
+    async def both():
+        async with FakeApiServer(bookmark_every=0) as server:
+            server.set(service("web"))
+            async with following(server.url, clock=lambda: now[0]) as follower:
+                await asyncio.wait_for(test(server, follower), 20)
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(both())
 
 
 # --- objects that are wrong ----------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.sources import credentials_child
+from proxy.sources import credentials, credentials_child
 from proxy.sources.credentials import Credentials, CredentialsError, Keyring, accept, load
+from proxy.sources.progress import Settings
 from tests.fakes.certificates import Authority
 
 SECRET = "s3cr3t-t0k3n"
@@ -224,6 +225,11 @@ def test_an_exec_plugin_that_fails_is_named_with_the_first_line_of_its_complaint
 def test_an_exec_plugin_that_is_not_there(tmp_path):
     user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "/no/such/plugin"}}
     assert "exec plugin /no/such/plugin failed: [Errno 2]" in refused(kubeconfig(tmp_path, user))
+
+
+def test_a_request_that_needs_new_credentials_outlasts_an_exec_plugin_that_hangs():
+    # Else "no answer in time" would be all that is told, and the API server be blamed.
+    assert Settings().answer >= credentials.READ_TIMEOUT + 10
 
 
 def test_an_exec_plugin_that_hangs_is_ended(tmp_path):
