@@ -293,7 +293,7 @@ class _Agent:
         self._own_node.check(self._settings, [each.family for each in self._dataplanes], self._interfaces)
         try:
             await asyncio.to_thread(modes.meet_workers, self._dataplanes)
-        except DataplaneError as error:
+        except (DataplaneError, OSError) as error:
             _log.warning("connections of userspace mode may be cut", reason=str(error))
         async with asyncio.TaskGroup() as group:
             for sync in self._syncs:

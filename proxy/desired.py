@@ -8,6 +8,7 @@ health answers are not kept waiting, and still leads to a delta with nothing but
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -20,6 +21,9 @@ from proxy.node import Interfaces, node_facts, view_of
 from proxy.objects import Key, Metadata
 from proxy.state import State, Trigger
 from rules.forwarding import Delta, Family, ForwardingTable, Frontend, NodeFacts, Route
+
+MOST_TRIGGERS = 10_000
+"""Changes of endpoints whose times are kept until they are rules: while no sync succeeds, the oldest are forgotten."""
 
 _SLICE = 100
 """Services that are computed in one go: some 5 ms."""
@@ -43,7 +47,9 @@ class Desired:
         self._assemblers = {family: Assembler(family) for family in families}
         self._aside: dict[Family, dict[Key, Outcome]] = {family: {} for family in self._assemblers}
         """Outcomes of which more than routes matters: health checks, policies that admit nobody."""
-        self._triggers: dict[Family, list[Trigger]] = {family: [] for family in self._assemblers}
+        self._triggers: dict[Family, deque[Trigger]] = {
+            family: deque(maxlen=MOST_TRIGGERS) for family in self._assemblers
+        }
         self._changes: dict[Family, dict[Frontend, Change]] = {family: {} for family in self._assemblers}
         """Those in deltas that were taken."""
         self._conflicts: set[str] = set()
@@ -104,7 +110,8 @@ class Desired:
 
     def take_triggers(self, family: Family) -> list[Trigger]:
         """When the changes since the last call happened in the cluster."""
-        taken, self._triggers[family] = self._triggers[family], []
+        taken = list(self._triggers[family])
+        self._triggers[family].clear()
         return taken
 
     def table(self, family: Family) -> ForwardingTable:

@@ -128,7 +128,7 @@ class Effects:
             await asyncio.sleep(await asyncio.to_thread(modes.release_others, self._dataplane))
             for name in await asyncio.to_thread(modes.remove_others, self._dataplane):
                 _log.info("removed what another mode had left", mode=name, family=self._family.label)
-        except DataplaneError as error:
+        except (DataplaneError, OSError) as error:  # of /proc too, where there is no descriptor left
             self._metrics.cleanup_failed(self._family)
             _log.warning("what another mode has left stays", family=self._family.label, reason=str(error))
         if self._remove_kube_proxy_rules:
@@ -144,7 +144,7 @@ class Effects:
                 if not told:
                     _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
                 told = True
-            except DataplaneError as error:
+            except (DataplaneError, OSError) as error:
                 self._metrics.cleanup_failed(self._family)
                 _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
                 return

@@ -197,11 +197,14 @@ class FamilySync:
 
     async def _attend(self) -> None:
         """Have the kernel read when it was touched, as soon as the allowance admits."""
+        fighting = False
         while True:
             await self._touched.wait()
             wait = self._allowance.wait(self._clock())
+            before, fighting = fighting, wait > 0
             if wait > 0:
-                _log.warning(
+                tell = _log.debug if before else _log.warning
+                tell(
                     "another process touches our rules again and again",
                     family=self.family.label,
                     by=self._take_strangers(keep=True),

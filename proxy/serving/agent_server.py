@@ -32,6 +32,8 @@ ANSWER_SECONDS = 30.0
 """In which a client must take each part of an answer."""
 CONNECTIONS = 16
 """At a time."""
+REST = 1.0
+"""Seconds without new connections after one could not be taken."""
 RETRY = 30.0
 """Seconds between attempts to make the socket."""
 
@@ -85,14 +87,18 @@ class AgentServer:
 
     async def _serve(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        told = False
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
                     connection, _ = await loop.sock_accept(listener)
                 except OSError as error:  # out of descriptors, for one
-                    _log.warning("a connection to the agent's socket was lost", reason=error.strerror)
-                    await asyncio.sleep(1.0)
+                    tell = _log.debug if told else _log.warning
+                    tell("connections to the agent's socket wait", reason=error.strerror)
+                    told = True
+                    await asyncio.sleep(REST)
                     continue
+                told = False
                 group.create_task(self._converse(connection), name="agent socket")
 
     async def _converse(self, connection: socket.socket) -> None:

@@ -6,7 +6,11 @@ wanted, by differences; a port that cannot be listened on is reported and tried 
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from proxy import logs
@@ -20,6 +24,9 @@ from rules.forwarding import Address, Family, format_address
 _log = logs.get_logger("sluice.serving")
 
 _ANY = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104  # node ports are for anybody
+
+_SHARE = 0.75
+"""The part of all descriptors that may be in use where a health check takes one."""
 
 Report = Callable[[Key, str | None], None]
 Failed = Callable[[Key, int, str], None]
@@ -48,6 +55,7 @@ class HealthCheckServers:
         report: Report | None = None,
         failed: Failed | None = None,
         server: Server | None = None,
+        descriptors: int | None = None,
     ) -> None:
         """Nothing is listened on before `sync`.
 
@@ -59,7 +67,12 @@ class HealthCheckServers:
                 Without it failures are logged.
             failed: told of each attempt to listen that fails: the Service, the port and the system's words (HC-21).
             server: who serves the sockets, within its budget of time.
+            descriptors: no socket has a descriptor of this number or above; None: three quarters of the limit, as
+                a process that has none left can do nothing else either.
         """
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = sys.maxsize if limit == resource.RLIM_INFINITY else int(limit * _SHARE)
+        self._descriptors = most if descriptors is None else descriptors
         self._family = family
         self._healthy = healthy
         self._addresses = None if addresses is None else tuple(addresses)
@@ -106,7 +119,7 @@ class HealthCheckServers:
         opened: list[Listener] = []
         try:
             for host in hosts:
-                opened.append(self._server.listen(bind(host, server.port), handler))  # noqa: PERF401  # kept on failure
+                opened.append(self._server.listen(self._bind(host, server.port), handler))  # noqa: PERF401  # kept
         except OSError as error:
             for listener in opened:
                 listener.close()
@@ -118,6 +131,14 @@ class HealthCheckServers:
             return
         server.listeners, server.refused = opened, False
         self._report(key, None)
+
+    def _bind(self, host: str, port: int) -> socket.socket:
+        sock = bind(host, port)
+        # The system always gives the least number that is free.
+        if sock.fileno() >= self._descriptors:
+            sock.close()
+            raise OSError(errno.EMFILE, f"more than {self._descriptors} files are open: raise the limit of open files")
+        return sock
 
     def _close(self, key: Key) -> None:
         server = self._servers.pop(key)

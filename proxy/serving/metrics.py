@@ -218,7 +218,9 @@ class Metrics:
         self._took(family, seconds, full=applied.full)
         self._last.labels(family.label).set(self._clock())
         self._operations.labels(family.label).inc(applied.operations)
-        self._refused.labels(family.label).set(len(applied.refused))
+        if applied.full:
+            # A partial sync knows nothing of what was refused before.
+            self._refused.labels(family.label).set(len(applied.refused))
         for each, count in zip(
             self._restore_failures, (applied.failed_restores, applied.failed_partial_restores), strict=False
         ):

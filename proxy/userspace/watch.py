@@ -81,6 +81,8 @@ class Watch:
         self._listened = time.monotonic()
         self._lock = threading.Lock()
         self._touched: set[Family] = set()
+        self._complaints: dict[Family, str] = {}
+        """Why workers could not be looked after, until they could."""
         self._pids: dict[int, int] = {}
         """Of workers that are watched, a pidfd by process."""
         self._netlink = socket.socket(
@@ -194,7 +196,11 @@ class Watch:
                 each.tidy()
                 each.count()
             except DataplaneError as error:
-                _log.warning("workers cannot be looked after", family=each.family.label, reason=str(error))
+                if str(error) != self._complaints.get(each.family):
+                    _log.warning("workers cannot be looked after", family=each.family.label, reason=str(error))
+                self._complaints[each.family] = str(error)
+            else:
+                self._complaints.pop(each.family, None)
 
     def _look(self) -> None:
         for each in self._watched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -300,6 +301,33 @@ def test_a_file_in_the_way_of_the_directory_and_a_path_too_long_have_words(tmp_p
     (tmp_path / "file").write_text("")
     assert attempt(tmp_path / "file").strerror
     assert "too long" in str(attempt(tmp_path / ("x" * 200)))
+
+
+def test_connections_that_cannot_be_taken_are_told_of_once_for_as_long_as_that_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_server, "REST", 0.001)
+    failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * 4
+    accept = asyncio.SelectorEventLoop.sock_accept
+
+    async def sock_accept(loop: asyncio.SelectorEventLoop, listener: socket.socket) -> tuple[socket.socket, Any]:
+        if failures:
+            raise failures.pop()
+        return await accept(loop, listener)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_accept", sock_accept)
+
+    async def scenario() -> None:
+        task = asyncio.create_task(AgentServer(str(tmp_path / "run"), echo).run())
+        path = socket_path(str(tmp_path / "run"))
+        await eventually(lambda: path.exists() and not failures)
+        assert await asyncio.to_thread(lambda: list(request("hello", run_directory=str(tmp_path / "run")).parts))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(scenario())
+    assert [each["reason"] for each in logs if each["log_level"] == "warning"] == ["Too many open files"]
 
 
 def test_without_a_socket_the_agent_goes_on_warns_once_and_tries_again(

@@ -131,8 +131,8 @@ def test_met_5_buckets(metrics):
 
 
 def test_met_1_to_4_a_full_and_a_partial_sync(metrics):
-    metrics.sync_done(V4, 0.5, Applied(full=True, operations=7))
-    metrics.sync_done(V4, 0.25, Applied(operations=3, refused=frozenset(["a/b:c"])))
+    metrics.sync_done(V4, 0.5, Applied(full=True, operations=7, refused=frozenset(["a/b:c"])))
+    metrics.sync_done(V4, 0.25, Applied(operations=3))
     found = samples(metrics)
     assert found['kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"}'] == 0.75
     assert found['kubeproxy_sync_full_proxy_rules_duration_seconds_sum{ip_family="IPv4"}'] == 0.5
@@ -141,6 +141,18 @@ def test_met_1_to_4_a_full_and_a_partial_sync(metrics):
     assert found['sluice_kernel_operations_total{ip_family="IPv4"}'] == 10
     assert found['sluice_refused_routes{ip_family="IPv4"}'] == 1
     assert not any("IPv6" in name for name in found)
+
+
+def test_routes_that_the_kernel_refused_are_told_until_a_whole_sync_finds_that_it_takes_them(metrics):
+    def refused():
+        return samples(metrics)['sluice_refused_routes{ip_family="IPv4"}']
+
+    metrics.sync_done(V4, 0.1, Applied(full=True, refused=frozenset(["a/b:c"])))
+    metrics.sync_done(V4, 0.1, Applied(operations=1))  # of other Services
+    metrics.sync_done(V4, 0.0, Applied())
+    assert refused() == 1
+    metrics.sync_done(V4, 0.1, Applied(full=True))
+    assert refused() == 0
 
 
 def test_met_16_failures_are_counted_and_are_no_success(metrics):

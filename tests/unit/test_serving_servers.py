@@ -392,6 +392,29 @@ async def test_hc_21_when_one_address_fails_none_is_kept():
 
 
 @in_loop
+async def test_hc_21_health_checks_leave_descriptors_for_everything_else():
+    with socket.socket() as next_one:
+        free = next_one.fileno()
+    reports = {}
+    servers = HealthCheckServers(
+        Family.IPV4,
+        lambda: True,
+        addresses=[parse_address("127.0.0.1")],
+        report=lambda key, reason: reports.__setitem__(key.name, reason),
+        descriptors=free + 2,
+    )
+    wanted = {Key("default", name): (free_port(), 1) for name in ("one", "two", "three")}
+    servers.sync(wanted)
+    assert set(servers.ports) == {Key("default", "one"), Key("default", "two")}
+    assert (reports["one"], reports["two"]) == (None, None)
+    assert "raise the limit of open files" in reports["three"]
+    del wanted[Key("default", "one")]
+    servers.sync(wanted)
+    assert servers.ports == {key: port for key, (port, _) in wanted.items()}
+    servers.close()
+
+
+@in_loop
 async def test_hc_20_each_family_listens_on_its_own():
     port = free_port()
     both = [HealthCheckServers(family, lambda: True) for family in Family]

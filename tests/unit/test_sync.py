@@ -14,8 +14,8 @@ from proxy import desired
 from proxy.compute import Outcome
 from proxy.config.settings import Settings
 from proxy.desired import Desired
-from proxy.objects import Key, Service
-from proxy.runner import Periods
+from proxy.objects import TRIGGER_TIME_ANNOTATION, Key, Service
+from proxy.runner import Allowance, Periods
 from proxy.sources.base import Resource
 from proxy.state import State
 from proxy.sync import FamilySync
@@ -113,9 +113,9 @@ class Rig:
         return self.kernel.held == self.desired.table(Family.IPV4)
 
 
-def running(scenario: Callable[[Rig], Awaitable[None]]) -> Rig:
+def running(scenario: Callable[[Rig], Awaitable[None]], given: Rig | None = None) -> Rig:
     async def main() -> Rig:
-        rig = Rig()
+        rig = given or Rig()
         loop = asyncio.create_task(rig.sync.run())
         try:
             await scenario(rig)
@@ -218,6 +218,26 @@ def test_doubt_reads_the_kernel_again() -> None:
     running(scenario)
 
 
+def test_a_process_that_fights_for_our_rules_is_complained_of_once_for_as_long_as_it_does() -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.list_all("web")
+        await until(rig.wanted)
+        for _ in range(6):
+            syncs = len(rig.kernel.calls)
+            rig.sync.doubt()
+            await until(lambda syncs=syncs: len(rig.kernel.calls) > syncs)
+
+    rig = Rig()
+    periods, allowance = Periods(minimum=0.0, retry=0.01), Allowance(burst=2, every=0.01)
+    rig.sync = FamilySync(
+        rig.kernel, rig.desired, rig.state, periods, rig.reports, allowance=allowance, clock=lambda: 1.0
+    )
+    rig.state.on_change = rig.sync.request
+    with structlog.testing.capture_logs() as logs:
+        running(scenario, rig)
+    assert len([each for each in logs if "again and again" in each["event"] and each["log_level"] == "warning"]) == 1
+
+
 def test_doubt_during_an_apply_is_not_lost() -> None:
     async def scenario(rig: Rig) -> None:
         rig.list_all("web")
@@ -285,6 +305,27 @@ def test_a_Service_that_cannot_be_computed_keeps_its_rules_and_stops_no_other(mo
         assert "a bug" in rig.state.troubles["compute", "Service ns/web"]
 
     running(scenario)
+
+
+def test_MET_5_what_waits_for_a_sync_that_never_succeeds_does_not_pile_up() -> None:
+    state = State("node1")
+    wanted = Desired(Settings(), "node1", state, [Family.IPV4])
+
+    async def churn() -> None:
+        for number in range(2 * desired.MOST_TRIGGERS):
+            time = f"2026-01-01T{number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02}Z"
+            state.set(
+                Resource.SLICES,
+                endpoint_slice(name="web-1", owner="web", annotations={TRIGGER_TIME_ANNOTATION: time}),
+            )
+            if number % 1000 == 999:
+                await wanted.refresh()
+
+    asyncio.run(churn())
+    triggers = wanted.take_triggers(Family.IPV4)
+    assert len(triggers) == desired.MOST_TRIGGERS
+    assert triggers[-1].time > triggers[0].time, "the newest are those that count"
+    assert wanted.take_triggers(Family.IPV4) == []
 
 
 def test_SYN_9_a_sync_that_was_asked_for_before_the_loop_began_waits_since_then() -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import structlog
 from prometheus_client import CollectorRegistry, generate_latest
 
 from proxy import modes
@@ -102,6 +103,27 @@ def test_addresses_that_linger_are_looked_at_now_and_then() -> None:
     with watching(fake, tidy=0.01) as watch:
         assert fake.looked.wait(PATIENCE)
         assert watch.touched() == frozenset()
+
+
+def test_workers_that_cannot_be_looked_after_are_told_of_once_for_each_reason() -> None:
+    class Odd(Fake):
+        looks = 0
+
+        def attend(self) -> Changed:
+            return Changed()
+
+        def count(self) -> None:
+            self.looks += 1
+            if self.looks == 13:
+                self.attended.set()
+            if self.looks not in {5, 6}:
+                raise DataplaneError("no descriptor" if self.looks < 10 else "no memory")
+
+    odd = Odd()
+    with structlog.testing.capture_logs() as logs, watching(odd, tidy=0.001):
+        assert odd.attended.wait(PATIENCE)
+    told = [each["reason"] for each in logs if each["log_level"] == "warning"]
+    assert told == ["no descriptor", "no descriptor", "no memory"]
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
