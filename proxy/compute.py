@@ -152,7 +152,8 @@ def compute(service: Service, slices: Iterable[EndpointSlice], view: View, famil
         hairpins.update(
             Endpoint(member.backend.address, protocol, member.backend.port) for member in own if member.backend in used
         )
-    health_check = _health_check(service, exposure, endpoints, problems)
+    # Service ports have it, and a Service may have none that can be served.
+    health_check = _health_check(service, exposure, endpoints, problems) if routes else None
     return Outcome(
         routes=routes,
         hairpins=frozenset(hairpins),

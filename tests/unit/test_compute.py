@@ -448,6 +448,12 @@ def test_svc13_only_load_balancers_under_policy_local_have_a_health_check(spec: 
     assert v4(balancer(healthCheckNodePort=30000, **spec), TWO).health_check is None
 
 
+def test_svc13_a_service_that_has_no_service_port_has_no_health_check_and_lets_nobody_in() -> None:
+    ports = [{"name": "a", "port": 80, "protocol": "QUIC"}]
+    outcome = v4(balancer(**LOCAL, healthCheckNodePort=30000, ports=ports), TWO, mode="iptables")
+    assert (outcome.routes, outcome.health_check, outcome.let_in) == ({}, None, 0)
+
+
 def test_svc13_a_missing_health_check_port_is_told() -> None:
     outcome = v4(balancer(**LOCAL), TWO)
     assert outcome.health_check is None
