@@ -65,10 +65,13 @@ def main(
         open_dataplane: see `proxy.modes`.
     """
     out = sys.stdout if out is None else out
+    notes: Sequence[str] = ()
     try:
         if filename:
             source = filename
-            verified = list(against_manifests(settings, filename, open_dataplane))
+            name = modes.choose(settings.mode, settings.iptables_backend)
+            tables, notes = _wanted(settings, filename)
+            verified = list(against_tables(tables, name, open_dataplane))
         else:
             source = "the agent"
             verified = list(against_agent(settings.run_directory, open_dataplane))
@@ -78,16 +81,20 @@ def main(
     except (AgentError, CannotTellError, DataplaneError) as error:
         sys.stderr.write(f"sluice verify: {error}\n")
         return 2
-    return report(verified, source, format_, out)
+    return report(verified, source, format_, out, notes)
 
 
-def report(verified: Sequence[Verified], source: str, format_: Format, out: TextIO) -> int:
-    """Print comparisons with what `source` wants; 0 if nothing differs, else 1."""
+def report(verified: Sequence[Verified], source: str, format_: Format, out: TextIO, notes: Sequence[str] = ()) -> int:
+    """Print comparisons with what `source` wants; 0 if nothing differs, else 1.
+
+    `notes` are what was said on standard error about them, which JSON has as well.
+    """
     if format_ == "json":
         value = {
             "wanted": source,
             "equal": not any(each.drift for each in verified),
             "families": [{"dataplane": each.dataplane, **to_data(each.drift)} for each in verified],
+            "notes": list(notes),
         }
         out.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
     else:
@@ -135,19 +142,6 @@ def against_agent(run_directory: str, open_dataplane: Open = modes.open_dataplan
         yield Verified(head.dataplane, drift, len(wanted.routes))
 
 
-def against_manifests(
-    settings: Settings, filename: str, open_dataplane: Open = modes.open_dataplane
-) -> Iterator[Verified]:
-    """The kernel compared with what manifests come to on this node.
-
-    Raises:
-        CannotTellError: the manifests cannot be read or used.
-        DataplaneError: the kernel could not be read, or the mode is not there.
-    """
-    name = modes.choose(settings.mode, settings.iptables_backend)
-    yield from against_tables(_wanted(settings, filename), name, open_dataplane)
-
-
 def against_tables(
     tables: Iterable[ForwardingTable], name: str, open_dataplane: Open = modes.open_dataplane
 ) -> Iterator[Verified]:
@@ -167,11 +161,17 @@ def against_tables(
         yield Verified(name, drift, len(table.routes))
 
 
-def _wanted(settings: Settings, filename: str) -> Sequence[ForwardingTable]:
+def _wanted(settings: Settings, filename: str) -> tuple[Sequence[ForwardingTable], Sequence[str]]:
+    """What manifests come to on this node, and what is wrong with them, which is told at once.
+
+    Raises:
+        CannotTellError: they cannot be read or used.
+    """
     from proxy.interfaces import read_addresses  # noqa: PLC0415  # pyroute2, which an agent's answer does without
     from proxy.render import render  # noqa: PLC0415  # likewise the parsers
+    from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
-    from proxy.sources.manifests import Unreadable, load, loads  # noqa: PLC0415  # likewise
 
     try:
         loaded = loads("standard input", sys.stdin.buffer.read()) if filename == "-" else load(filename)
@@ -184,7 +184,7 @@ def _wanted(settings: Settings, filename: str) -> Sequence[ForwardingTable]:
         sys.stderr.write(f"sluice verify: {problem}\n")
     if loaded.problems and not (loaded.services or loaded.slices or loaded.nodes):
         raise CannotTellError(f"nothing in {filename} can be used")
-    return rendered.tables
+    return rendered.tables, rendered.problems
 
 
 def _text(verified: Sequence[Verified], source: str) -> Iterator[str]:

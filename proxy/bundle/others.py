@@ -60,7 +60,11 @@ def verify(bundle: Bundle, format_: Literal["text", "json"]) -> int:
             f"{bundle.name}: the objects are not in it, as no agent answered; others-*.txt in it are files for "
             "sluice verify -f FILE -f OBJECTS"
         )
-    return report(list(_verified(bundle, objects)), "the objects in the bundle", format_, sys.stdout)
+    notes: dict[str, None] = {}
+    verified = list(_verified(bundle, objects, notes))
+    for note in notes:
+        sys.stderr.write(f"sluice verify: {note}\n")
+    return report(verified, "the objects in the bundle", format_, sys.stdout, tuple(notes))
 
 
 def evidence(bundle: Bundle, asked: Asked) -> Evidence:
@@ -140,13 +144,13 @@ def _words(name: str, mode: str) -> str:
     return words
 
 
-def _verified(bundle: Bundle, objects: Objects) -> Iterator[Verified]:
+def _verified(bundle: Bundle, objects: Objects, notes: dict[str, None]) -> Iterator[Verified]:
+    """The comparison of each family; what is wrong with the objects is added to `notes`."""
     for each in _found(bundle):
         reading = each.reading
         node = bundle.manifest.node
         tables, problems = wanted.tables(objects, _settings(bundle), node, reading.mode, _interfaces(bundle))
-        for problem in problems:
-            sys.stderr.write(f"sluice verify: {problem}\n")
+        notes.update(dict.fromkeys(problems))
         table = tables[reading.table.family]
         told = as_held_by(reading, table, configured=False)
         drift = compare(told, named(reading, table).table, capabilities_of(reading.mode))
@@ -155,7 +159,7 @@ def _verified(bundle: Bundle, objects: Objects) -> Iterator[Verified]:
 
 def _objects(bundle: Bundle) -> Objects | None:
     """The objects of the archive as manifests."""
-    from proxy.sources.manifests import loads  # noqa: PLC0415  # YAML, which other verbs do without
+    from proxy.sources.manifest_loading import loads  # noqa: PLC0415  # YAML, which other verbs do without
 
     if not bundle.objects:
         return None

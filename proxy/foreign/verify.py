@@ -69,7 +69,7 @@ def main(
     if not verified:
         _complain(f"{PROXY} has no rules in this network namespace")
         return 1
-    return report(verified, comparison.by, format_, out)
+    return report(verified, comparison.by, format_, out, tuple(comparison.notes))
 
 
 class _Comparison:
