@@ -11,6 +11,7 @@ Started under the name `kube-proxy`, this is `sluice run`.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
@@ -271,6 +272,7 @@ def _prepare_process(verb: str) -> None:
     elif verb != "demo":
         # A verb that ends soon leaves its garbage to the end: looking for it would double the time of a large dump.
         gc.disable()
+        atexit.register(gc.freeze)  # and there the system takes all of it back: no look at it then either
 
 
 def _have_standard_streams() -> None:

@@ -84,6 +84,17 @@ def configure(format_: Format = "text", verbosity: int = 0, *, stream: TextIO | 
     logging.captureWarnings(capture=True)
 
 
+def warnings_alone(stream: TextIO) -> Callable[[], None]:
+    """Send what is logged to `stream`, from warnings up, as structlog words it; what is returned takes that back."""
+    before = structlog.get_config()
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=False,
+    )
+    return lambda: structlog.configure(**before)
+
+
 def set_verbosity(verbosity: int) -> None:
     """Tell more or less from now on, in the form and to the stream that were configured."""
     _, *others = structlog.get_config()["processors"]

@@ -14,8 +14,9 @@ from proxy.node import Interfaces
 from proxy.objects import Service
 from proxy.offline import Standing, standing_of
 from proxy.output import Format, Shown, write
-from proxy.sources.manifest_objects import FileError
-from proxy.sources.manifests import Loaded, Unreadable, load, loads
+from proxy.sources.manifest_files import Unreadable
+from proxy.sources.manifest_loading import load, loads
+from proxy.sources.manifest_objects import FileError, Loaded
 from rules.forwarding import Family, ForwardingTable
 
 

@@ -150,8 +150,9 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
     from proxy.interfaces import read_addresses  # noqa: PLC0415  # netlink
     from proxy.offline import standing_of  # noqa: PLC0415  # the parsers
     from proxy.render import render_on  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
-    from proxy.sources.manifests import Unreadable, load, loads  # noqa: PLC0415  # likewise
 
     try:
         loaded = loads("standard input", sys.stdin.buffer.read()) if filename == "-" else load(filename)

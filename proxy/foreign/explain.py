@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -18,6 +18,7 @@ from proxy.config.settings import Settings
 from proxy.explain.agent import ask
 from proxy.explain.asked import Asked, AskedAddress, Client, parse_asked, parse_client
 from proxy.explain.evidence import Cluster, Evidence, of_this_node
+from proxy.explain.gather import asked_ways
 from proxy.explain.surroundings import Surroundings, look
 from proxy.explain.verb import tell
 from proxy.explain.watching import watch
@@ -142,7 +143,12 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
     readings, problems = one_each(means.read(families))
     if not readings:
         raise ForeignError(f"{PROXY} has no rules in this network namespace")
-    evidence = without_device(of_this_node(_tables(readings), without_them(means.look(*ends))), readings)
+
+    def looked(tables: Mapping[Family, ForwardingTable]) -> Evidence:
+        node = means.look(*asked_ways(tables, asked, client))
+        return without_device(of_this_node(tables, without_them(node)), readings)
+
+    evidence = looked(_tables(readings))
     cluster: Cluster | None = None
     if objects := wanted.of_given(where.files.manifests, settings):
         interfaces = {"node": tuple(sorted(evidence.local_addresses))}
@@ -159,6 +165,8 @@ def _of_this_node(where: Where, settings: Settings, asked: Asked, client: Client
         else:
             cluster = known.cluster if known.here else None
     tables = _tables(with_names(readings, cluster))
+    if set(asked_ways(tables, asked, client)) > set(asked_ways(_tables(readings), asked, client)):
+        evidence = looked(tables)  # in mode ipvs objects alone say which routes are those of a Service
     return msgspec.structs.replace(
         evidence,
         tables=tables,

@@ -5,6 +5,7 @@ Nothing is changed.  A program runs in the network namespace of the calling thre
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ LARGE = 2 << 20
 """Bytes of rules and of manifests that take as long to decode as a process costs, many times over."""
 
 _BEGINNING = 1 << 16
+_OBJECTS = re.compile(rb"""\A\s*\{|^(?:- +)?["']?apiVersion["']?[ \t]*:""", re.MULTILINE)
+"""What begins as JSON, and a line that objects in YAML begin with and no program that lists rules prints."""
 _GET_TABLE = 1
 _NAME = 1
 _TABLES = {family: name for name, family in FAMILIES.items()}
@@ -177,10 +180,10 @@ def _is_rules(name: str) -> bool:
             return False
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
-            # Lines that are whole: among the first ones of rules is one that is known, and JSON begins with what it is.
+            # Lines that are whole: among the first ones of rules is one that is known, and objects begin as such.
             if detect.looks_like_rules(beginning[: beginning.rfind(b"\n") + 1] or beginning):
                 return True
-            return not beginning.startswith(b"{") and detect.looks_like_rules(beginning + file.read())
+            return _OBJECTS.search(beginning) is None and detect.looks_like_rules(beginning + file.read())
     except OSError:
         return False  # whoever reads it as manifests says why it cannot be read
 

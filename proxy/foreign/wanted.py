@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import sys
-from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from proxy.config.settings import Settings
 from proxy.node import Interfaces, normal_node_name
-from proxy.objects import EndpointSlice, Key, Node, Object, Service, ServiceCIDR
-from proxy.sources.base import Resource
 from rules.forwarding import Family, ForwardingTable
 
 if TYPE_CHECKING:
     from proxy.sources.manifest_objects import Loaded
-
-PATIENCE = 30.0
-"""Seconds for the API server to list everything."""
 
 
 class CannotTellError(Exception):
@@ -59,8 +52,9 @@ def of_manifests(name: str) -> Objects:
     Raises:
         CannotTellError: they cannot be read or used.
     """
-    from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # YAML, which the API server does without
-    from proxy.sources.manifests import Unreadable, load, loads  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415  # YAML, which the API server does without
+    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
 
     try:
         loaded = loads("standard input", sys.stdin.buffer.read()) if name == "-" else load(name)
@@ -77,7 +71,9 @@ def of_api_server(settings: Settings, node_name: str) -> Objects:
     Raises:
         CannotTellError: it could not be asked.
     """
-    return asyncio.run(_listed(settings, node_name))
+    from proxy.foreign.listing import listed  # noqa: PLC0415  # a client, which answers from manifests do without
+
+    return listed(settings, node_name)
 
 
 def tables(
@@ -99,74 +95,3 @@ def tables(
 def in_mode(settings: Settings, mode: str) -> Settings:
     """The settings of a proxy that runs in another mode."""
     return msgspec.structs.replace(settings, mode=mode)
-
-
-# --- the API server --------------------------------------------------------------------------------------------
-
-
-class _Collected:
-    """A sink that takes every list once."""
-
-    def __init__(self) -> None:
-        self.objects: dict[Resource, dict[Key, Object]] = {}
-        self.problems: dict[str, str] = {}
-        self.complete = asyncio.Event()
-
-    def prepare(self, resource: Resource, objects: Iterable[Object]) -> None:
-        """Nothing: the list that comes is taken as a whole."""
-
-    def replace(self, resource: Resource, objects: Iterable[Object]) -> None:
-        self.objects[resource] = {each.key: each for each in objects}
-        if len(self.objects) == len(Resource):
-            self.complete.set()
-
-    def plausible(self, resource: Resource, keys: Collection[Key], now: float) -> bool:  # noqa: ARG002  # nothing is known yet
-        return True
-
-    def set(self, resource: Resource, value: Object) -> None:
-        self.objects[resource][value.key] = value
-
-    def delete(self, resource: Resource, key: Key) -> None:
-        self.objects[resource].pop(key, None)
-
-    def trouble(self, origin: str, subject: str, reason: str | None) -> None:  # noqa: ARG002  # there is one origin
-        if reason is None:
-            self.problems.pop(subject, None)
-        else:
-            self.problems[subject] = reason
-
-
-async def _listed(settings: Settings, node_name: str) -> Objects:
-    # aiohttp and the rest of a client, which answers from manifests do without.
-    from proxy.sources.apiserver import ApiServer  # noqa: PLC0415
-    from proxy.sources.credentials import CredentialsError  # noqa: PLC0415
-    from proxy.sources.manifest_objects import Loaded, Problem  # noqa: PLC0415
-
-    try:
-        server = await ApiServer.open(settings.kubeconfig, settings.master, node_name)
-    except CredentialsError as error:
-        raise CannotTellError(str(error)) from None
-    sink = _Collected()
-    running = asyncio.create_task(server.run(sink))
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await sink.complete.wait()
-    except TimeoutError:
-        errors = [each.error for each in server.followed() if each.error]
-        why = f": {errors[0]}" if errors else ""
-        raise CannotTellError(f"{server.description} has not listed everything within {PATIENCE:.0f} s{why}") from None
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-
-    def of(resource: Resource) -> Collection[Object]:
-        return [value for _, value in sorted(sink.objects[resource].items())]
-
-    loaded = Loaded(
-        services=tuple(each for each in of(Resource.SERVICES) if isinstance(each, Service)),
-        slices=tuple(each for each in of(Resource.SLICES) if isinstance(each, EndpointSlice)),
-        nodes=tuple(each for each in of(Resource.NODES) if isinstance(each, Node)),
-        service_cidrs=tuple(each for each in of(Resource.SERVICE_CIDRS) if isinstance(each, ServiceCIDR)),
-        problems=tuple(Problem(subject, reason) for subject, reason in sink.problems.items()),
-    )
-    return Objects(loaded, server.description)

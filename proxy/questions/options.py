@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,18 +46,9 @@ def service_in(text: str) -> str:
 
 def log_warnings_alone(ctx: click.Context) -> None:
     """Have the sources of objects log to standard error, from warnings up: what a verb prints is its answer alone."""
-    import logging  # noqa: PLC0415  # see the head of proxy.cli
-    import sys  # noqa: PLC0415  # likewise
+    from proxy.logs import warnings_alone  # noqa: PLC0415  # see the head of proxy.cli
 
-    import structlog  # noqa: PLC0415  # likewise
-
-    before = structlog.get_config()
-    ctx.call_on_close(lambda: structlog.configure(**before))
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
+    ctx.call_on_close(warnings_alone(sys.stderr))
 
 
 def sorted_by_content(names: tuple[str, ...]) -> Files:

@@ -26,7 +26,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from asyncinotify import Inotify
@@ -35,7 +34,8 @@ from proxy.objects import Key, Object
 from proxy.report import Followed
 from proxy.sources.base import Resource, Sink, prepare
 from proxy.sources.manifest_files import Files, Tools, Unreadable, printable, scan
-from proxy.sources.manifest_objects import ORIGIN, FileError, Loaded, Problem, merge, parse
+from proxy.sources.manifest_loading import absolute, load, loads, together
+from proxy.sources.manifest_objects import ORIGIN, FileError, Loaded, Problem
 from proxy.sources.watching import Watcher, set_within
 from proxy.sources.yaml_children import Converter
 from proxy.state import SECOND_LOOK, suspicious
@@ -58,42 +58,6 @@ _ORDER = (Resource.NODES, Resource.SERVICE_CIDRS, Resource.SLICES, Resource.SERV
 Objects = Mapping[Resource, Mapping[Key, Object]]
 NOTHING: Objects = {resource: {} for resource in Resource}
 T = TypeVar("T")
-
-
-def load(path: str | os.PathLike[str], node_name: str | None = None) -> Loaded:
-    """What a directory or a file of manifests holds; what is wrong in it stands in `problems`.
-
-    With `node_name` the nodes are that one alone, as a running agent sees it.
-
-    Raises:
-        Unreadable: there is no such directory or file, or the directory may not be listed.
-    """
-    return _loaded(scan(_absolute(path), {}, Tools(Converter().convert)), node_name)
-
-
-def loads(name: str, data: bytes, node_name: str | None = None) -> Loaded:
-    """The same from bytes, such as those of standard input; `name` is for complaints.
-
-    Raises:
-        FileError: they are neither YAML nor JSON.
-    """
-    try:
-        content = parse(name, data, Converter().convert)
-    except FileError as error:
-        raise FileError(f"{name}: {error}") from None
-    return merge({name: content}, node_name=node_name)
-
-
-def _loaded(files: Files, node_name: str | None) -> Loaded:
-    return merge(
-        {name: state.content for name, state in files.items()},
-        troubles={name: state.trouble for name, state in files.items() if state.trouble},
-        node_name=node_name,
-    )
-
-
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.normpath(Path.cwd() / path))
 
 
 class Change(NamedTuple):
@@ -136,7 +100,7 @@ class ManifestSource:
         look_every: float = LOOK_EVERY,
     ) -> None:
         """`node_name` is that of the only Node that is handed on (NOD-2)."""
-        self._path = _absolute(path)
+        self._path = absolute(path)
         self._node_name = node_name
         self._confirm_after = confirm_after
         self._look_every = look_every
@@ -258,7 +222,7 @@ class ManifestSource:
             return _Look(self._files, self._loaded, problems, None, unwatched)
         if self._handed is not None and self._confirm_at is None and _same(files, self._files):
             return _Look(files, self._loaded, (*standing, *self._loaded.problems), None, unwatched)
-        loaded = _loaded(files, self._node_name)
+        loaded = together(files, self._node_name)
         problems = (*standing, *loaded.problems)
         if self._handed is None and files and all(state.trouble is not None for state in files.values()):
             problems = (*problems, Problem(self._subject, "nothing in it can be used: waiting"))

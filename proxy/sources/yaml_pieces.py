@@ -33,6 +33,7 @@ SIZE = 256 * 1024
 MOST = 1024
 """No text is cut into more pieces."""
 
+_DASHES = b"\n---"
 _DOCUMENT = re.compile(rb"\n---(?=[ \t\r\n])")
 _FIRST_ITEM = re.compile(rb"^items:[ \t]*\r?\n( *)- ", re.MULTILINE)
 _HEAD = 64 * 1024
@@ -66,7 +67,7 @@ def cut(text: bytes, size: int = SIZE) -> list[Piece]:
     size = max(size, len(text) // MOST)
     pieces = []
     start, continues = 0, False
-    if not text.startswith(b"%") and not any(each in text for each in _NEVER_CUT):
+    if not text.startswith(b"%") and not any(each[-1:] in text and each in text for each in _NEVER_CUT):
         found = _FIRST_ITEM.search(text, 0, _HEAD)
         item, begun = (b"\n" + found[1] + b"- ", found.end()) if found else (None, 0)
         while len(text) - start >= 2 * size:
@@ -80,7 +81,9 @@ def cut(text: bytes, size: int = SIZE) -> list[Piece]:
 
 def _boundary(text: bytes, after: int, near: int, item: bytes | None) -> tuple[int, bool]:
     """The beginning of a document or an item, whichever; -1: there is none."""
-    found = _DOCUMENT.search(text, after, after + near)
+    found = None
+    if text.find(_DASHES, after, after + near) >= 0:  # in a third of the time that the pattern takes
+        found = _DOCUMENT.search(text, after, after + near)
     if found is None and item is not None and (at := text.find(item, after)) >= 0:
         return at + 1, True
     found = found or _DOCUMENT.search(text, after)

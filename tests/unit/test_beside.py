@@ -37,6 +37,11 @@ def test_the_copy_works_while_this_process_goes_on():
     assert (said, pid != os.getpid()) == (b"x", True)
 
 
+def test_the_copy_gives_way_to_this_process_and_its_children():
+    with beside(lambda: os.nice(0), int, worth_it=True) as result:
+        assert result() == min(os.nice(0) + 5, 19)
+
+
 @pytest.mark.parametrize(
     "found",
     [

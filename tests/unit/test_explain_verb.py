@@ -30,7 +30,7 @@ from proxy.explain.surroundings import ForeignChain, Surroundings
 from proxy.explain.text import lines
 from proxy.logs import get_logger
 from proxy.objects import Key
-from proxy.sources import manifests as sources
+from proxy.sources import manifest_loading as sources
 from rules.dataplane import UnavailableError
 from rules.explanation import Origin
 from rules.forwarding import (
@@ -200,14 +200,16 @@ def test_a_kernel_that_cannot_be_read_is_code_2_and_names_the_other_way(capsys):
 
 
 def test_answers_from_manifests_load_no_netlink_and_live_ones_no_asyncio():
+    told = ("pyroute2", "aiohttp", "asyncinotify", "rules.nftables", "asyncio")
     code = (
         "import sys; from proxy.cli import main; main(sys.argv[1:]);"
-        "sys.exit(str([each for each in ('pyroute2', 'aiohttp', 'rules.nftables', 'asyncio') if each in sys.modules]))"
+        f"sys.exit(str([each for each in {told} if each in sys.modules]))"
     )
     command = [sys.executable, "-c", code, "explain", "10.96.0.41:80"]
     ended = subprocess.run([*command, "-f", str(CLUSTER)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "pyroute2" not in ended.stderr
     assert "rules.nftables" not in ended.stderr
+    assert "asyncinotify" not in ended.stderr
     ended = subprocess.run(
         [*command, "--live", "--run-directory=/nonexistent"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -18,9 +18,12 @@ import ryaml
 
 from proxy import cli
 from proxy.config.settings import Settings
-from proxy.foreign import choice, explain, sources, verify, wanted
+from proxy.explain.routing import Way
+from proxy.explain.surroundings import Surroundings
+from proxy.foreign import choice, explain, listing, sources, verify, wanted
 from proxy.foreign.sources import Files, from_files, sort_files
 from proxy.foreign.wanted import CannotTellError
+from rules.forwarding import Address, Family, parse_address
 from tests.builders import networks
 from tests.fakes.apiserver import FakeApiServer
 
@@ -101,6 +104,17 @@ def test_a_manifest_that_is_json_is_no_file_of_rules(tmp_path: Path) -> None:
     assert sort_files([str(file)]).manifests
 
 
+@pytest.mark.parametrize("first", ["apiVersion: v1\n", "# of node1\n- apiVersion: v1\n", '"apiVersion" : "v1"\n'])
+def test_objects_in_yaml_are_told_by_how_they_begin_and_rules_by_any_line(first: str, tmp_path: Path) -> None:
+    """Most of their bytes need not be read for it: ten thousand Services have 26 MB."""
+    file = tmp_path / "objects.yaml"
+    comment = "# no more than a note\n" * 4000
+    file.write_text(f"{first}{comment}*nat\n")
+    assert sort_files([str(file)]).manifests
+    file.write_text(f"{comment}*nat\n")
+    assert sort_files([str(file)]).rules == (str(file),)
+
+
 def test_dump_prints_a_file_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = sluice(capsys, "dump", "-f", IPTABLES, "-f", IP6TABLES, "-o", "json")
     assert (code, err) == (0, "")
@@ -176,6 +190,43 @@ def test_explain_knows_the_addresses_of_a_node_that_is_elsewhere(capsys: pytest.
 # --- verify ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("mode", "objects"), [("iptables", ""), ("nftables", ""), ("ipvs", str(IPVS / "objects.yaml"))]
+)
+def test_explain_tells_by_name_what_it_tells_by_address(
+    mode: str, objects: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The source of the node's own connections, on which source ranges hang, and backends that it does not reach."""
+    ipvs = [str(IPVS / name) for name in ("ipvsadm-save", "ipset-save", "iptables-save", "addresses.json")]
+    found = from_files({"iptables": [IPTABLES], "nftables": [NFT], "ipvs": ipvs}[mode])
+    lost = parse_address("10.244.2.11")
+
+    def look(*addresses: Address) -> Surroundings:
+        ways = {each: Way("eth1", parse_address("192.0.2.7")) for each in addresses if each != lost}
+        own = list(map(parse_address, ("192.168.50.11", "192.0.2.7")))
+        nowhere = {lost: "there is no route"} if lost in addresses else {}
+        return Surroundings(addresses=frozenset(own), node_ips={Family.IPV4: own[0]}, ways=ways, unreachable=nowhere)
+
+    def asked(target: str) -> dict[str, Any]:
+        where = explain.Where(files=Files(objects, ()))
+        settings = Settings(hostname_override="node1", run_directory="/nonexistent")
+        means = explain.Means(lambda families: [each for each in found if each.reading.table.family in families], look)
+        explain.main(target, "node", where, settings, as_json=True, means=means)
+        answers = json.loads(capsys.readouterr().out)["answers"]
+        return {each["frontend"]: (each["packet"], each["outcome"], each["causes"]) for each in answers}
+
+    by_name = asked("default/np") | asked("default/lb")
+    assert len(by_name) == 5
+    for frontend, told in by_name.items():
+        assert asked(frontend) == {frontend: told}
+    packet, _, _ = by_name["203.0.113.30:80/TCP"]
+    assert packet["source"] == ("203.0.113.30" if mode == "ipvs" else "192.0.2.7")
+    _, _, causes = by_name["10.96.30.4:80/TCP"]
+    assert [each["words"] for each in causes if each["kind"] == "no-route"] == [
+        "the node has no way to 10.244.2.11:8080: there is no route (routes to pods are the CNI's)"
+    ]
+
+
 def test_verify_names_what_saved_rules_lack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules = edited(tmp_path, r"^-A KUBE-NODEPORTS .*--dport 31080.*\n", "")
     code, out, err = sluice(capsys, "verify", "-f", rules, "-f", OBJECTS, *NODE1)
@@ -183,6 +234,8 @@ def test_verify_names_what_saved_rules_lack(tmp_path: Path, capsys: pytest.Captu
     assert "  default/np  NodePort *:31080/TCP\n    - is missing" in out
     assert f"+ in {rules})" in out
     assert "the files have no rules of IPv6: it is not compared" in err
+    _, out, _ = sluice(capsys, "verify", "-f", rules, "-f", OBJECTS, *NODE1, "-o", "json")
+    assert "the files have no rules of IPv6: it is not compared" in json.loads(out)["notes"]
     code, out, _ = sluice(capsys, "verify", "-f", rules, "-f", OBJECTS, *NODE1, "-o", "json")
     value = json.loads(out)
     assert (code, value["equal"], value["families"][0]["dataplane"]) == (1, False, "kube-proxy's iptables rules")
@@ -245,7 +298,7 @@ def test_the_api_server_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_api_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wanted, "PATIENCE", 0.2)
+    monkeypatch.setattr(listing, "PATIENCE", 0.2)
     settings = Settings(master="http://127.0.0.1:9")
     with pytest.raises(CannotTellError, match="has not listed everything within 0 s"):
         wanted.of_api_server(settings, "node1")
