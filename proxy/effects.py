@@ -128,9 +128,8 @@ class Effects:
             await asyncio.sleep(await asyncio.to_thread(modes.release_others, self._dataplane))
             for name in await asyncio.to_thread(modes.remove_others, self._dataplane):
                 _log.info("removed what another mode had left", mode=name, family=self._family.label)
-        except (DataplaneError, OSError) as error:  # of /proc too, where there is no descriptor left
-            self._metrics.cleanup_failed(self._family)
-            _log.warning("what another mode has left stays", family=self._family.label, reason=str(error))
+        except Exception as error:  # noqa: BLE001  # even an error of our own making is no reason to end the agent
+            self._stays("what another mode has left stays", error)
         if self._remove_kube_proxy_rules:
             await self._remove_kube_proxy()
 
@@ -144,12 +143,16 @@ class Effects:
                 if not told:
                     _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
                 told = True
-            except (DataplaneError, OSError) as error:
-                self._metrics.cleanup_failed(self._family)
-                _log.warning("rules of kube-proxy stay", family=self._family.label, reason=str(error))
+            except Exception as error:  # noqa: BLE001  # likewise
+                self._stays("rules of kube-proxy stay", error)
                 return
             else:
                 for line in done:
                     _log.info(line)
                 return
             await asyncio.sleep(RUNS_EVERY)
+
+    def _stays(self, what: str, error: Exception) -> None:
+        self._metrics.cleanup_failed(self._family)
+        expected = isinstance(error, (DataplaneError, OSError))
+        _log.warning(what, family=self._family.label, reason=str(error), exc_info=None if expected else error)

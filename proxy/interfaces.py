@@ -23,7 +23,6 @@ from rules.netlink.attributes import (
     attributes,
     message,
     messages,
-    parse_text,
 )
 from rules.netlink.errors import error_code
 
@@ -74,17 +73,19 @@ def _read(netlink: socket.socket) -> Mapping[str, tuple[Address, ...]]:
     names: dict[int, str] = {}
     for payload in _dump(netlink, _GET_LINK, _NEW_LINK, _LINK_HEADER):
         index = _LINK_HEADER.unpack_from(payload)[2]
-        names[index] = parse_text(attributes(payload[_LINK_HEADER.size :]).get(_LINK_NAME, b""))
+        # Almost any bytes are a name to the kernel.
+        name = attributes(payload[_LINK_HEADER.size :]).get(_LINK_NAME, b"").partition(b"\0")[0]
+        names[index] = name.decode(errors="replace")
     found: dict[str, list[Address]] = defaultdict(list)
     for payload in _dump(netlink, _GET_ADDRESS, _NEW_ADDRESS, _ADDRESS_HEADER):
         index = _ADDRESS_HEADER.unpack_from(payload)[4]
         values = attributes(payload[_ADDRESS_HEADER.size :])
         # A point-to-point address has its own end in IFA_LOCAL.
         address = values.get(_LOCAL) or values.get(_ADDRESS)
-        name = names.get(index) or str(index)
+        interface = names.get(index) or str(index)
         # What mode ipvs binds is Services' and not the node's (IPVS-8).
-        if address and name not in {DEVICE, KUBE_PROXYS_DEVICE}:
-            found[name].append(address)
+        if address and interface not in {DEVICE, KUBE_PROXYS_DEVICE}:
+            found[interface].append(address)
     return {name: tuple(addresses) for name, addresses in found.items()}
 
 

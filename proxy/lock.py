@@ -7,6 +7,7 @@ their process dies, however it dies.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 
@@ -35,7 +36,7 @@ class Lock:
             self._socket.close()
             if error.errno != errno.EADDRINUSE:
                 raise
-            raise HeldError(f"another sluice runs in this network namespace (process {_holder()})") from None
+            raise HeldError(_holder()) from None
 
     def release(self) -> None:
         """Give the lock back."""
@@ -43,11 +44,18 @@ class Lock:
 
 
 def _holder() -> str:
+    """Who holds the lock, in a sentence: anybody may take such a name."""
+    agent = "another sluice runs in this network namespace"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.setblocking(False)
         try:
             client.connect(_NAME)
-            pid, _, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            pid, user, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         except OSError:
-            return "unknown"
-        return str(pid) if pid else "in another container"  # whose processes have no numbers here
+            return f"{agent} (process unknown)"
+    if user not in (0, os.geteuid()):
+        return (
+            f"process {pid} of user {user}, which is no agent, holds the abstract Unix socket @{_NAME[1:]}, which the"
+            " agent of a network namespace listens on: end it"
+        )
+    return f"{agent} (process {pid or 'in another container'})"  # whose processes have no numbers here

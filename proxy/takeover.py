@@ -77,7 +77,8 @@ def who_runs(proc: Path = Path("/proc"), *, ports: bool = True) -> str:
         if not directory.name.isdecimal() or int(directory.name) == os.getpid():
             continue
         try:
-            if (directory / "comm").read_text().strip() != PROXY or not (directory / "cmdline").read_bytes():
+            name = (directory / "comm").read_text(errors="replace")  # a process may call itself anything
+            if name.strip() != PROXY or not (directory / "cmdline").read_bytes():
                 continue
             if _is_python(directory):
                 continue  # ours, under kube-proxy's name

@@ -15,6 +15,7 @@ connections.  Closing a listener leaves its accepted connections alone.
 from __future__ import annotations
 
 import errno
+import os
 
 from proxy.userspace import filters, sockets
 from proxy.userspace.admission import Admission, admission
@@ -28,10 +29,19 @@ from rules.forwarding import Family, Frontend, Protocol, format_host
 class Listeners:
     """All listeners of a worker, of both families."""
 
-    def __init__(self, tcp: Tcp, udp: Udp, *, workers: int, most: int) -> None:
-        """`workers` is how many there are in all, this one included; `most`, how many listeners it may have."""
+    def __init__(self, tcp: Tcp, udp: Udp, *, workers: int, most: int, last: int) -> None:
+        """Of a worker.
+
+        Args:
+            tcp: whose clients they are.
+            udp: likewise.
+            workers: how many there are in all, this one included.
+            most: how many listeners it may have.
+            last: descriptors from this one on are for others.
+        """
         self.trouble: dict[Bind, tuple[Frontend, str]] = {}
         self._most = most
+        self._last = last
         self._tcp = tcp
         self._udp = udp
         self._workers = workers
@@ -40,6 +50,9 @@ class Listeners:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def __contains__(self, bind: object) -> bool:
+        return bind in self._open
 
     def settle(self, table: Table, bind: Bind) -> None:
         """Have what the table wants at a place."""
@@ -94,6 +107,8 @@ class Listeners:
         opened = sockets.new_listener(served.family, bind.protocol)
         listener: TcpListener | UdpListener
         try:
+            if opened.fileno() >= self._last:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301  # it is to be closed
             # Before it is bound: nothing shall wait in it that the filter would have kept out.
             filtered = _filter(opened, served.family, wanted)
             sockets.start_listener(opened, bind.protocol, bind.address, bind.port)

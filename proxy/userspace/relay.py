@@ -50,9 +50,10 @@ _ERROR = select.EPOLLERR
 class Shop:
     """What all flows of a worker share."""
 
-    def __init__(self, poller: Poller) -> None:
+    def __init__(self, poller: Poller, last: int) -> None:
+        """`last` is for `Pipes`."""
         self.poller = poller
-        self.pipes = Pipes()
+        self.pipes = Pipes(last)
         self.buffer = bytearray(CHUNK)
         self.view = memoryview(self.buffer)
 

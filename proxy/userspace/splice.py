@@ -33,7 +33,9 @@ class Pipe(NamedTuple):
 class Pipes:
     """Empty pipes, ready to be borrowed."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int) -> None:
+        """Descriptors from `last` on are for others."""
+        self._last = last
         self._idle: list[Pipe] = []
 
     def borrow(self) -> Pipe | None:
@@ -44,6 +46,9 @@ class Pipes:
             pipe = Pipe(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError:
             return None
+        if max(pipe) >= self._last:
+            _close(pipe)
+            return None
         with contextlib.suppress(OSError):  # above what a user may have: the kernel's default serves too
             fcntl.fcntl(pipe.writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         return pipe
@@ -53,11 +58,13 @@ class Pipes:
         if empty and len(self._idle) < _KEPT:
             self._idle.append(pipe)
             return
-        os.close(pipe.reading)
-        os.close(pipe.writing)
+        _close(pipe)
 
     def close(self) -> None:
         while self._idle:
-            pipe = self._idle.pop()
-            os.close(pipe.reading)
-            os.close(pipe.writing)
+            _close(self._idle.pop())
+
+
+def _close(pipe: Pipe) -> None:
+    os.close(pipe.reading)
+    os.close(pipe.writing)

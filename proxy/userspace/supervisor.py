@@ -55,7 +55,10 @@ _STARTING = "\0sluice-workers/starting"
 
 
 class StrangeWorkerError(ControlError):
-    """A worker is there and cannot be used; `pid` is its process, 0 if it is in another process namespace."""
+    """A worker is there and cannot be used.
+
+    `pid` is its process: 0 if it is in another process namespace, -1 if it is another user's and so no worker at all.
+    """
 
     def __init__(self, index: int, pid: int, why: str, *, stuck: bool = False) -> None:
         super().__init__(why)
@@ -85,8 +88,8 @@ def running() -> list[int]:
     """The indexes of the workers of this network namespace, by the names of their control sockets."""
     prefix = "@" + control_name(0)[1:-1]
     found = set()
-    # Of this thread: a process may have threads in several network namespaces.
-    for line in Path("/proc/thread-self/net/unix").read_text().splitlines():
+    # Of this thread: a process may have threads in several network namespaces.  Names of others' sockets are any bytes.
+    for line in Path("/proc/thread-self/net/unix").read_text(errors="replace").splitlines():
         _, at, index = line.rpartition(" ")[2].partition(prefix)
         if at and index.isdecimal():
             found.add(int(index))
@@ -200,7 +203,8 @@ class Workers:
         Raises:
             DataplaneError: one does not go.
         """
-        strangers = self.connect().outdated
+        strangers = [each for each in self.connect().outdated if each.pid >= 0]
+        ending = {*self.connections, *(each.index for each in strangers)}
         for index, connection in list(self.connections.items()):
             with contextlib.suppress(ControlError):
                 connection.ask(Stop())
@@ -210,9 +214,9 @@ class Workers:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(each.pid, signal.SIGKILL)
         deadline = time.monotonic() + START
-        while left := running():
+        while left := ending.intersection(running()):
             if time.monotonic() > deadline:
-                raise DataplaneError(f"userspace: worker {left[0]} does not end")
+                raise DataplaneError(f"userspace: worker {min(left)} does not end")
             time.sleep(_POLL)
         self._reap()
 
@@ -271,12 +275,13 @@ def _connect(index: int) -> Connection:
 
 
 def _pid_of(index: int) -> int | None:
-    """The process that listens under a worker's name; 0: of another process namespace; None: there is none."""
+    """The process that listens under a worker's name, as `StrangeWorkerError` has it; None: there is none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as end:
         end.setblocking(False)
         try:
             end.connect(control_name(index))
-            return peer(end)[0]
+            pid, user = peer(end)
+            return pid if user in (0, os.geteuid()) else -1
         except BlockingIOError:
             return 0  # its queue is full: it is there, and doesn't accept
         except OSError:

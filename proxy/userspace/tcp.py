@@ -20,7 +20,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from proxy.userspace import filters, proxy_protocol, sockets
 from proxy.userspace.choose import Chooser, Target
@@ -98,8 +98,12 @@ class TcpListener:
         return True
 
     def _go_on(self) -> None:
-        if self.socket.fileno() >= 0:
+        if self.socket.fileno() < 0:
+            return
+        try:
             self._tcp.poller.add(self._descriptor, select.EPOLLIN, self._ready)
+        except OSError:  # the kernel's limit of what is watched
+            self._tcp.poller.later(_REST, self._go_on)
 
 
 class Attempt:
@@ -169,15 +173,27 @@ class Attempt:
 class Tcp:
     """All TCP connections of a worker."""
 
-    def __init__(self, poller: Poller, *, connect_timeout: float, idle_limit: float) -> None:
-        """Times are in seconds, and an idle limit of 0 is none."""
+    def __init__(
+        self, poller: Poller, *, connect_timeout: float, idle_limit: float, last: int, listens: Callable[[Bind], bool]
+    ) -> None:
+        """Of a worker.
+
+        Args:
+            poller: where sockets are watched.
+            connect_timeout: seconds for a backend to answer.
+            idle_limit: seconds after which a silent connection ends; 0: never.
+            last: descriptors from this one on are not for clients.
+            listens: whether the worker itself is what listens at a place.
+        """
         self.poller = poller
+        self._last = last
+        self._listens = listens
         self.flows: set[Flow] = set()
         self.attempts: set[Attempt] = set()
         self.watchers = Watchers()
         self.exhausted = 0
         """How often a connection was refused because no descriptor was left."""
-        self._shop = Shop(poller)
+        self._shop = Shop(poller, last)
         self._connect_timeout = connect_timeout
         self._idle_limit = idle_limit
         self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -189,6 +205,10 @@ class Tcp:
 
     def serve(self, listener: TcpListener, connection: sockets.Socket, address: tuple[str, int]) -> None:
         """Give a client that was just accepted a backend, or reset it."""
+        if connection.fileno() >= self._last:  # the system always gives the least number that is free
+            self.exhausted += 1
+            _abort(connection)
+            return
         served = listener.served
         served.counters.begin()
         source = sockets.packed(address)
@@ -218,6 +238,9 @@ class Tcp:
         attempt.since = time.monotonic()
         attempt.deadline = attempt.since + self._connect_timeout
         try:
+            if self._listens(Bind(target.backend.address, Protocol.TCP, target.backend.port)):
+                # It would come back, again and again.  Rules translate no packet twice, so nobody would answer there.
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))  # noqa: TRY301  # as if the kernel had refused
             connection = sockets.connect(attempt.served.family.af, socket.SOCK_STREAM, target.address)
         except OSError as error:
             self.failed(attempt, error)

@@ -19,10 +19,12 @@ an exchange of single datagrams makes no read in vain, and a stream shares the c
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from proxy.userspace import sockets
 from proxy.userspace.choose import Target
@@ -30,7 +32,7 @@ from proxy.userspace.icmp import Refuser
 from proxy.userspace.poller import Poller
 from proxy.userspace.table import Bind, Served
 from proxy.userspace.tracing import Watchers
-from rules.forwarding import Address, Family
+from rules.forwarding import Address, Family, Protocol
 
 BURST = 64
 """Datagrams read from one socket in a wake-up."""
@@ -184,8 +186,26 @@ class UdpListener:
 class Udp:
     """All UDP flows of a worker."""
 
-    def __init__(self, poller: Poller, *, limit: int, idle: float, stream_idle: float) -> None:
-        """`limit` flows at most; those that are idle so many seconds end."""
+    def __init__(
+        self,
+        poller: Poller,
+        *,
+        limit: int,
+        idle: float,
+        stream_idle: float,
+        last: int,
+        listens: Callable[[Bind], bool],
+    ) -> None:
+        """Of a worker.
+
+        Args:
+            poller: where sockets are watched.
+            limit: how many flows there are at most.
+            idle: seconds after which one that is idle ends.
+            stream_idle: likewise, of a stream.
+            last: descriptors from this one on are not for clients.
+            listens: whether the worker itself is what listens at a place.
+        """
         self.poller = poller
         self.view = memoryview(bytearray(MAX_DATAGRAM))
         self.exactness = min(1.0, idle / 10)
@@ -199,6 +219,8 @@ class Udp:
         self._limit = limit
         self._idle = idle
         self._stream_idle = stream_idle
+        self._last = last
+        self._listens = listens
         self._refusers = {family: Refuser(family) for family in Family}
 
     def __len__(self) -> int:
@@ -276,13 +298,23 @@ class Udp:
 
     def _connect(self, family: Family, target: Target) -> sockets.Socket:
         try:
-            return sockets.connect(family.af, socket.SOCK_DGRAM, target.address)
+            return self._open(family, target)
         except OSError as error:
             if not sockets.is_exhaustion(error) or not self._flows:
                 raise
             self.exhausted += 1
             self._evict()
-            return sockets.connect(family.af, socket.SOCK_DGRAM, target.address)
+            return self._open(family, target)
+
+    def _open(self, family: Family, target: Target) -> sockets.Socket:
+        if self._listens(Bind(target.backend.address, Protocol.UDP, target.backend.port)):
+            # It would come back, again and again, by a flow more each time.
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        connection = sockets.connect(family.af, socket.SOCK_DGRAM, target.address)
+        if connection.fileno() >= self._last:
+            connection.close()
+            raise OSError(errno.EMFILE, "no descriptor is left for a flow")
+        return connection
 
     def _evict(self) -> None:
         """The flow that was idle longest goes."""

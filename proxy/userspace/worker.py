@@ -66,6 +66,8 @@ _DESCRIPTORS = 1 << 20
 """How many a worker asks for: what the kernel allows by default."""
 _FOR_LISTENERS = 0.75
 """The part of them that may be listeners."""
+_FOR_CONTROL = 4
+"""How many of them are never a client's: a worker that the next agent cannot talk to would be ended."""
 _LAST_CALL = 0.2
 """Seconds in which handshakes that have begun may end, when a worker drains."""
 
@@ -97,17 +99,35 @@ class Worker:
         self._lock = asyncio.Lock()
         self._draining: float | None = None
         self._poller = poller
-        self._tcp = Tcp(poller, connect_timeout=options.connect_timeout, idle_limit=options.tcp_idle)
-        self._udp = Udp(poller, limit=options.max_udp_flows, idle=options.udp_idle, stream_idle=options.udp_stream_idle)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        last = limit - _FOR_CONTROL
+        self._tcp = Tcp(
+            poller,
+            connect_timeout=options.connect_timeout,
+            idle_limit=options.tcp_idle,
+            last=last,
+            listens=self._listens,
+        )
+        self._udp = Udp(
+            poller,
+            limit=options.max_udp_flows,
+            idle=options.udp_idle,
+            stream_idle=options.udp_stream_idle,
+            last=last,
+            listens=self._listens,
+        )
         self._watchers = self._tcp.watchers = self._udp.watchers = Watchers()
-        most = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _FOR_LISTENERS)
-        self._listeners = Listeners(self._tcp, self._udp, workers=options.workers, most=most)
+        most = int(limit * _FOR_LISTENERS)
+        self._listeners = Listeners(self._tcp, self._udp, workers=options.workers, most=most, last=last)
         memory = Memory()
         chance = random.Random()  # noqa: S311  # which backend a connection gets is no secret
         self._tables = {
             family: Table(family, memory=memory, chance=chance, interfaces=_interfaces) for family in Family
         }
         self._connections: set[asyncio.Task[None]] = set()
+
+    def _listens(self, bind: Bind) -> bool:
+        return bind in self._listeners
 
     async def run(self, listener: socket.socket) -> None:
         """Serve the control socket, and all that is asked by it, until it is time to end."""

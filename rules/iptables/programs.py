@@ -340,7 +340,7 @@ def _lock_holder(own: int) -> str:
     for words in map(str.split, locks):
         if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{inode}") and words[4] != str(own):
             try:
-                name = Path(f"/proc/{words[4]}/comm").read_text().strip()
+                name = Path(f"/proc/{words[4]}/comm").read_text(errors="replace").strip()
             except OSError:  # it ended, and one of its children holds the lock
                 return "another process"
             return f"{name} (process {words[4]})"

@@ -43,3 +43,13 @@ def test_more_addresses_than_one_datagram_holds(root):
         batch = "".join(f"address add {address}/32 dev one\n" for address in addresses)
         subprocess.run(["ip", "-batch", "-"], input=batch.encode(), check=True)
         assert read_addresses() == {"one": tuple(map(parse_address, addresses))}
+
+
+def test_an_interface_may_have_any_name(root):
+    with own_network_namespace():
+        ip("link add one type veth peer name other")
+        ip("address add 10.9.0.1/24 dev one")
+        subprocess.run([b"ip", b"link", b"set", b"one", b"name", b"\xff\xfeone"], check=True)
+        [(name, addresses)] = read_addresses().items()
+        assert name.endswith("one")
+        assert addresses == (parse_address("10.9.0.1"),)

@@ -56,6 +56,13 @@ def test_a_kube_proxy_of_this_network_namespace_is_named(proc):
     assert who_runs(proc.path) == "kube-proxy runs in this network namespace (process 10)"
 
 
+def test_a_process_may_call_itself_anything(proc):
+    proc.process(9, "odd", "/usr/bin/odd")
+    (proc.path / "9/comm").write_bytes(b"\xff\xfe\n")
+    proc.process(10, "kube-proxy", "/usr/local/bin/kube-proxy")
+    assert who_runs(proc.path) == "kube-proxy runs in this network namespace (process 10)"
+
+
 def test_others_of_that_name_do_not_count(proc):
     proc.process(10, "kube-proxy", "/usr/local/bin/kube-proxy", here=False)
     proc.process(11, "kube-proxy", "/opt/sluice/bin/python3.11")

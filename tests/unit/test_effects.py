@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import structlog.testing
@@ -22,7 +22,7 @@ from rules.forwarding import Family
 from tests.fakes.memory_dataplane import FlakyMemory
 from tests.fakes.polling import eventually
 
-EXHAUSTED = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/proc")
+FAILURES = (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/proc"), ValueError("a mistake of ours"))
 
 
 class NoFlows:
@@ -45,8 +45,12 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(takeover, "take_over", lambda _: [])
 
 
-def refuse(*_: object) -> list[str]:
-    raise EXHAUSTED
+@pytest.fixture(params=FAILURES, ids=["no descriptor", "bug"])
+def refuse(request: pytest.FixtureRequest) -> Callable[[object], list[str]]:
+    def fail(_: object) -> list[str]:
+        raise request.param
+
+    return fail
 
 
 async def lived(until: Sequence[Mapping[str, object]]) -> bool:
@@ -73,7 +77,9 @@ async def lived(until: Sequence[Mapping[str, object]]) -> bool:
 
 
 @pytest.mark.parametrize("what", ["release_others", "remove_others"])
-def test_what_other_modes_have_left_may_be_out_of_reach(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_modes_have_left_may_be_out_of_reach(
+    what: str, refuse: Callable[[object], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(modes, what, refuse)
     with structlog.testing.capture_logs() as logs:
         assert asyncio.run(lived(logs))
@@ -81,7 +87,9 @@ def test_what_other_modes_have_left_may_be_out_of_reach(what: str, monkeypatch: 
     assert told["event"] == "what another mode has left stays"
 
 
-def test_what_kube_proxy_has_left_may_be_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kube_proxy_has_left_may_be_out_of_reach(
+    refuse: Callable[[object], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(takeover, "take_over", refuse)
     with structlog.testing.capture_logs() as logs:
         assert asyncio.run(lived(logs))

@@ -38,3 +38,15 @@ def test_a_process_that_dies_gives_it_back(name: str) -> None:
             Lock()
         holder.kill()
     Lock().release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+def test_another_users_process_with_the_name_is_told_for_what_it_is(name: str) -> None:
+    other = "import os; os.setresuid(1234, 1234, 1234); lock._socket.listen(1)"  # as it is then, others see it
+    code = HOLD.replace("lock = Lock()", f"import proxy.lock; proxy.lock._NAME = {name!r}; lock = Lock(); {other}")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(HeldError, match=f"process {holder.pid} of user 1234, which is no agent, .* end it"):
+            Lock()
+        holder.kill()

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from proxy.userspace import filters
-from rules.forwarding import Backend, Family, Route, parse_address
+from proxy.userspace.control import Connection, TableAnswer
+from proxy.userspace.control import Table as AskTable
+from rules.forwarding import Backend, Family, Protocol, Route, parse_address
 from tests.fakes.polling import eventually
 from tests.netns.userspace.rig import (
     PATIENCE,
@@ -32,6 +34,7 @@ from tests.netns.userspace.rig import (
 )
 
 CONNECTIONS = 1000
+OTHER = "10.96.0.2"
 
 
 @pytest.fixture
@@ -117,6 +120,32 @@ def test_idle_connections_end_only_if_there_is_a_limit(start: Start, held: tuple
     with connect(VIP) as client, pytest.raises(ConnectionResetError):
         client.recv(1)
     assert worker.stats().tcp_connections == 0
+
+
+# --- backends that are frontends ---------------------------------------------------------------------------------
+
+
+def test_a_backend_that_is_a_frontend_is_none_as_in_other_modes(start: Start, serve: Serve) -> None:
+    worker = start()
+    first, second = (Backend(parse_address(each), 80) for each in (VIP, OTHER))
+    worker.apply({frontend(VIP): route(second), frontend(OTHER): route(first)})
+    with pytest.raises(ConnectionResetError):
+        ask(VIP)
+    assert sum(each.total for each in worker.stats().frontends) == 1, "it went round"
+    worker.apply({frontend(VIP): route(second, serve("10.96.1.1").backend)})
+    assert {ask(VIP) for _ in range(20)} == {"10.96.1.1"}
+
+
+def test_so_is_one_of_udp(start: Start) -> None:
+    worker = start()
+    place = frontend(VIP, 53, Protocol.UDP)
+    worker.apply({place: route(Backend(parse_address(VIP), 53))})
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect((VIP, 53))
+        client.send(b"round")
+        until(lambda: any(each.failures for each in worker.stats().frontends))
+    assert worker.stats().udp_flows == 0
+    assert sum(each.total for each in worker.stats().frontends) == 0, "it went round"
 
 
 # --- changes under load ----------------------------------------------------------------------------------------------
@@ -237,6 +266,23 @@ def test_without_descriptors_clients_are_refused_and_later_served_again(
     until(lambda: worker.stats().tcp_connections == 10)
     for client in again:
         client.close()
+
+
+@pytest.mark.parametrize("files", [60, 61])
+def test_who_has_all_descriptors_for_clients_still_meets_the_next_agent(
+    start: Start, held: tuple[Held, Backend], loop: str, files: int
+) -> None:
+    _, backend = held
+    worker = start(0, "--loop", loop, files=files)
+    worker.apply({frontend(VIP): route(backend)})
+    with contextlib.ExitStack() as clients:
+        while not worker.stats().exhausted:
+            with contextlib.suppress(ConnectionResetError):
+                clients.enter_context(connect(VIP))
+        assert worker.apply({frontend(VIP, port): route(backend) for port in range(1000, 1020)})
+        # One that gives no answer would be ended, and with it all its connections.
+        with contextlib.closing(Connection(0, timeout=PATIENCE)) as another:
+            assert isinstance(another.ask(AskTable(Family.IPV4)), TableAnswer)
 
 
 def test_listeners_never_take_the_descriptors_of_all_connections(start: Start, serve: Serve) -> None:

@@ -27,6 +27,7 @@ from proxy.userspace.control import (
     frame,
 )
 from proxy.userspace.control import Table as AskTable
+from proxy.userspace.supervisor import Workers, anything_left, running
 from rules.forwarding import Backend, Endpoint, Family, Kind, parse_address
 from tests.netns.userspace.rig import PATIENCE, VIP, Held, Serve, Start, ask, connect, frontend, read_all, route, until
 
@@ -223,3 +224,41 @@ def test_hairpins_and_serial_are_kept(start: Start) -> None:
     answer = worker.connection.ask(AskTable(Family.IPV4))
     assert isinstance(answer, TableAnswer)
     assert (answer.serial, answer.hairpins) == ("s2", endpoints[1:])
+
+
+def test_other_programs_sockets_may_have_any_name(start: Start) -> None:
+    # What listens under an abstract name needs no right to, and is seen by all who are in the network namespace.
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(b"\0\xff\xfe\n ")
+        assert running() == []
+        assert not anything_left()
+        start(3)
+        assert running() == [3]
+
+
+SQUAT = """
+import os, socket, sys
+os.setuid(65534)
+squatter = socket.socket(socket.AF_UNIX)
+squatter.bind(chr(0) + sys.argv[1])
+squatter.listen()
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_users_process_under_a_workers_name_is_left_alone(start: Start) -> None:
+    command = [sys.executable, "-c", SQUAT, control_name(0)[1:]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
+        assert squatter.stdout is not None
+        assert squatter.stdout.readline() == b"there\n"
+        worker = start(1)
+        workers = Workers(1)
+        try:
+            assert workers.ensure().adopted == (1,)
+            workers.stop()
+        finally:
+            workers.close()
+        assert worker.wait() == 0
+        assert squatter.poll() is None
+        squatter.communicate()
