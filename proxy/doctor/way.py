@@ -68,7 +68,7 @@ def _of_chains(
 ) -> Iterator[Finding]:
     """What the chains that stand in one place do with packets."""
     # Elsewhere it is the node's own connections that fail, or those to its own programs.
-    stops_all = hook in ("prerouting", "forward") or facts.relayed or facts.bound
+    stops_all = hook not in ("input", "output") or facts.relayed or facts.bound
     judged = obstacles(bases, tuple(packets))
     perhaps: dict[str, list[Obstacle]] = {}
     for each in judged.obstacles:

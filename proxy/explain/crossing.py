@@ -1,12 +1,13 @@
 """By which hooks the first packet of a connection comes, and what chains see of it there.  Pure.
 
-    from outside or a pod    prerouting ─▶ forward, or input where the backend is the node itself
-    from the node            output; where the backend is the node itself, by loopback prerouting and input
+    from outside or a pod    ingress ─▶ prerouting ─▶ forward ─▶ egress, or input where the backend is the node itself
+    from the node            output ─▶ egress; where the backend is the node itself, by loopback prerouting and input
 
-Destination NAT stands in the midst of prerouting and output: chains before it see the frontend, those behind it the
-backend.  IPVS takes packets at the end of input, so that others see the frontend there, and sends them on by output;
-what the node sends it takes in the midst of output, where destination NAT stands.  It leaves no mark of translation.  A
-worker of mode userspace takes packets from input as well, and makes a connection of the node's own.
+Ingress sees the frontend, egress the backend, whatever carries the connection.  Destination NAT stands in the midst of
+prerouting and output: chains before it see the frontend, those behind it the backend.  IPVS takes packets at the end of
+input, so that others see the frontend there, and sends them on by output; what the node sends it takes in the midst of
+output, where destination NAT stands.  It leaves no mark of translation.  A worker of mode userspace takes packets from
+input as well, and makes a connection of the node's own.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def met(hook: Hook, stage: Stage, journeys: Iterable[Journey]) -> Iterator[tuple
             yield journey, seen
 
 
-def _seen(hook: Hook, stage: Stage, journey: Journey) -> Passing | None:  # noqa: PLR0911  # a line for each of them
+def _seen(  # noqa: C901, PLR0911  # a line for each of them
+    hook: Hook, stage: Stage, journey: Journey
+) -> Passing | None:
     early: Stage = "untracked" if stage == "untracked" else "tracked"
     as_sent = journey.frontend._replace(stage=early)
     # As it goes on, where something has given it another destination.
@@ -73,6 +76,11 @@ def _seen(hook: Hook, stage: Stage, journey: Journey) -> Passing | None:  # noqa
     to_itself = journey.stays or journey.carried == "relayed"
     now = onwards if stage == "translated" else as_sent
     match hook:
+        case "ingress":
+            return None if journey.by_node else as_sent._replace(outgoing="")
+        case "egress":
+            # Its source may be the node's by then; and a worker's own connection is a journey for itself.
+            return None if to_itself else journey.backend._replace(source=None, stage=onwards.stage)
         case "prerouting" if journey.by_node:
             # It comes by loopback as it has become in output.
             return onwards._replace(incoming="lo", outgoing="") if to_itself else None

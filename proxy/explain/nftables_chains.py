@@ -6,13 +6,16 @@ extent, as there are lists of a million addresses that somebody blocks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
-from proxy.explain.passing import ForeignRule
+import msgspec
+
+from proxy.explain.passing import Condition, ForeignRule
 from proxy.explain.passing_nftables import Sets, decode, members
 from proxy.explain.surroundings import OUR_TABLE, ForeignChain, Hook
-from rules.netlink.attributes import DecodeError, text
-from rules.netlink.transaction import AF_UNSPEC, NetfilterSocket, family_of, netfilter_message
+from rules.netlink.attributes import DecodeError, attribute_list, attributes, text
+from rules.netlink.transaction import AF_UNSPEC, NetfilterSocket, attributes_of, family_of, netfilter_message
 from rules.nftables.expressions import Lookup
 from rules.nftables.messages import decode_elements
 from rules.nftables.objects import (
@@ -20,6 +23,7 @@ from rules.nftables.objects import (
     FORWARD,
     INPUT,
     OUTPUT,
+    POSTROUTING,
     PREROUTING,
     TIMEOUT,
     ListedRule,
@@ -34,6 +38,13 @@ _DROP = 0
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _ROUTED = frozenset({"inet", "ip", "ip6"})
 _HOOKS: dict[int, Hook] = {PREROUTING: "prerouting", INPUT: "input", OUTPUT: "output"}
+_EDGES: dict[str, dict[int, Hook]] = {
+    "inet": {5: "ingress"},
+    "netdev": {0: "ingress", 1: "egress"},
+    "bridge": {PREROUTING: "ingress", INPUT: "ingress", OUTPUT: "egress", POSTROUTING: "egress"},
+}
+"""By the kernel's numbers.  What is bridged from port to port goes to no Service."""
+_CHAIN_HOOK, _HOOK_DEVICE, _HOOK_DEVICES = 4, 3, 4
 _TRANSLATES = "nat"
 """The type of chains that are not meant to drop: a proxy has 100,000 rules in such tables."""
 _NOT_READ = frozenset({"kube-proxy"})
@@ -47,37 +58,58 @@ _ELEMENT_BYTES = 40
 def read_chains() -> Iterator[ForeignChain]:
     """All chains; none where nftables cannot be read."""
     found: list[tuple[int, ForeignChain]] = []
-    try:
-        with NetfilterSocket() as socket:
-            for payload in socket.dump(netfilter_message(_GET_CHAIN, 0, AF_UNSPEC, b"")):
-                try:
-                    table, chain = decode_chain(payload)
-                    number = family_of(payload)
-                except DecodeError:
-                    continue
-                if table == OUR_TABLE:
-                    continue
-                family, hook = _FAMILIES.get(number, "?"), chain.hook
-                one = ForeignChain(family, table, chain.name, forwards=False, drops=False)
-                if hook is not None:
-                    one = one._replace(drops=hook.policy == _DROP)
-                    if family in _ROUTED and hook.number == FORWARD:
-                        one = one._replace(forwards=True)
-                    elif family in _ROUTED and hook.number in _HOOKS and hook.type != _TRANSLATES:
-                        one = one._replace(hook=_HOOKS[hook.number], priority=hook.priority)
-                found.append((number, one))
-            tables = [
-                (number, each.table)
-                for number, each in found
-                if (each.forwards or each.hook) and each.table not in _NOT_READ
-            ]
-            rules = {table: _rules(socket, *table) for table in dict.fromkeys(tables)}
-    except (OSError, DecodeError):
-        yield from (each for _, each in found)
-        return
+    rules: dict[tuple[int, str], dict[str, list[ForeignRule]] | None] = {}
+    with contextlib.suppress(OSError, DecodeError), NetfilterSocket() as socket:
+        for payload in socket.dump(netfilter_message(_GET_CHAIN, 0, AF_UNSPEC, b"")):
+            with contextlib.suppress(DecodeError):
+                found.append((family_of(payload), _decoded(payload)))
+        tables = [
+            (number, each.table)
+            for number, each in found
+            if (each.forwards or each.hook) and each.table not in (OUR_TABLE, *_NOT_READ)
+        ]
+        rules = {table: _rules(socket, *table) for table in dict.fromkeys(tables)}
     for number, each in found:
         held = rules.get((number, each.table))
-        yield each if held is None else each._replace(rules=tuple(held.get(each.name, ())))
+        if each.table != OUR_TABLE:
+            yield each._replace(rules=None if held is None else (*(each.rules or ()), *held.get(each.name, ())))
+
+
+def _decoded(payload: bytes) -> ForeignChain:
+    """A chain, without its rules; raises DecodeError."""
+    table, chain = decode_chain(payload)
+    family, hook = _FAMILIES.get(family_of(payload), "?"), chain.hook
+    one = ForeignChain(family, table, chain.name, forwards=False, drops=False)
+    if hook is None:
+        return one
+    one = one._replace(drops=hook.policy == _DROP)
+    if family in _ROUTED and hook.number == FORWARD:
+        return one._replace(forwards=True)
+    if hook.type == _TRANSLATES:
+        return one
+    if edge := _EDGES.get(family, {}).get(hook.number):
+        gate = _gate(edge, () if family == "bridge" else _devices(payload))
+        return one._replace(hook=edge, priority=hook.priority, rules=(gate,))
+    if family in _ROUTED and hook.number in _HOOKS:
+        return one._replace(hook=_HOOKS[hook.number], priority=hook.priority)
+    return one
+
+
+def _gate(edge: Hook, devices: tuple[str, ...]) -> ForeignRule:
+    """What a chain of devices, or of a bridge, begins with: what does not come by one of them may come by it yet.
+
+    For what routes tell is the bridge, the bond or the VLAN above a device.
+    """
+    other = Condition("in" if edge == "ingress" else "out", devices, inverse=True) if devices else Condition("other")
+    return ForeignRule(0, "perhaps", (other,))
+
+
+def _devices(chain: bytes) -> tuple[str, ...]:
+    """The devices that a base chain is of."""
+    place = attributes(attributes(attributes_of(chain))[_CHAIN_HOOK])
+    names = [place[_HOOK_DEVICE]] if _HOOK_DEVICE in place else []
+    names += [name for _, name in attribute_list(place.get(_HOOK_DEVICES, b""))]
+    return tuple(dict.fromkeys(each.partition(b"\0")[0].decode(errors="replace") for each in names))
 
 
 def _rules(netlink: NetfilterSocket, family: int, table: str) -> dict[str, list[ForeignRule]] | None:
@@ -90,8 +122,20 @@ def _rules(netlink: NetfilterSocket, family: int, table: str) -> dict[str, list[
         return None
     found: dict[str, list[ForeignRule]] = {}
     for each in listed:
-        found.setdefault(each.chain, []).append(decode(each, sets))
+        rule = decode(each, sets)
+        found.setdefault(each.chain, []).append(_of_ports(rule) if _FAMILIES.get(family) == "bridge" else rule)
     return found
+
+
+def _of_ports(rule: ForeignRule) -> ForeignRule:
+    """A bridge's rule: its interfaces are ports, which routes don't tell."""
+    return msgspec.structs.replace(
+        rule,
+        conditions=tuple(
+            Condition("other", (f"port {each.what}",)) if each.what in ("in", "out") else each
+            for each in rule.conditions
+        ),
+    )
 
 
 def _sets(netlink: NetfilterSocket, family: int, table: str, listed: list[ListedRule]) -> Sets:

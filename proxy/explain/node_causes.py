@@ -93,12 +93,44 @@ def _of_chains(explanation: Explanation, outcome: Reaches, facts: NodeFacts, nod
         journeys.append(Journey(frontend, sent, carried, by_node, stays))
         if facts.relayed:
             onwards.append(Journey(to, to, "plain", by_node=True, stays=stays))
-    for (hook, stage), bases in bases_of(node, family_of(packet.destination)).items():
+    stopped: set[str] = set()
+    family = family_of(packet.destination)
+    for (hook, stage), bases in bases_of(node, family).items():
         for these in (journeys, onwards):
             packets = [seen for _, seen in met(hook, stage, these)]
             if packets:
                 found = obstacles(bases, packets).obstacles
+                stopped.update(each.place for each in found if each.surely)
                 yield from _of_others(found, packets, every=len(packets) == len(outcome.shares))
+    if packet.source is not None and back is not None:
+        answers = [_answer(each, back.interface) for each in journeys if _is_forwarded(each)]
+        bases = tuple(each for those in bases_of(node, family, ["forward"]).values() for each in those)
+        for each in obstacles(bases, answers).obstacles:
+            if each.surely and each.place not in stopped:
+                certain = len(each.surely) == len(outcome.shares)
+                yield Cause(kind=kind_of(each), words=_answer_words(each), next=each.listing, certain=certain)
+
+
+def _is_forwarded(each: Journey) -> bool:
+    """Whether packets and answers of a connection pass through the node, translated on their way in."""
+    goes = each.carried == "translated" and not (each.by_node or each.stays)
+    return goes and each.backend.destination != each.backend.source
+
+
+def _answer(each: Journey, outgoing: str) -> Passing:
+    """What comes back from a backend, as chains of forward see it; `outgoing`: by which interface it leaves."""
+    to = each.backend
+    assert to.source is not None
+    return Passing(to.source, to.protocol, to.port, to.destination, to.outgoing, outgoing, answers=True)
+
+
+def _answer_words(each: Obstacle) -> str:
+    """What an obstacle does to answers."""
+    whose = some(Backend(answer.source or b"", answer.port) for answer in each.surely)
+    answers = f"the answers of {whose} to {format_address(each.surely[0].destination)}"
+    if each.rule is None:
+        return f"{each.place} is DROP, and no rule there accepts {answers}, as `{each.remedy}` would"
+    return f"{each.place} {each.does} {answers} ({each.rule.words})"
 
 
 def _of_others(found: Sequence[Obstacle], packets: Sequence[Passing], *, every: bool) -> Iterator[Cause]:

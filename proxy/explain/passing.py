@@ -4,7 +4,8 @@ A rule is held as the conditions that can be judged from here: addresses, ports,
 Anything else (marks, sets, limits) is a condition that only a packet shows.  So there are three answers to whether a
 rule meets a packet: yes, no, and None for `perhaps`; and a chain that drops a packet does so surely or perhaps.
 
-The packet is the first of a connection.  Where it is judged behind destination NAT, its destination is the backend.
+The packet is the first of a connection, or an answer.  Where the first one is judged behind destination NAT, its
+destination is the backend.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class ForeignRule(msgspec.Struct, frozen=True, gc=False):
 
 
 class Passing(NamedTuple):
-    """A packet on its way to a backend."""
+    """A packet on its way to a backend, or to a client."""
 
     destination: Address
     protocol: Protocol
@@ -86,6 +87,8 @@ class Passing(NamedTuple):
     masqueraded: bool | None = None
     """Whether it bears the mark for that; None: not known, or it depends on the client."""
     stage: Stage = "translated"
+    answers: bool = False
+    """Whether it is an answer: the port is that which it comes from then, and the connection is established."""
 
 
 class Hit(NamedTuple):
@@ -134,11 +137,12 @@ class _Walk:
     def through(self, chain: str, *, sure: bool, depth: int) -> bool:
         """Whether the way surely ends in a chain, or below it; `sure`: whether the packet surely comes here."""
         if _is_of_a_proxy(chain):
-            # Of first packets a proxy's chain accepts those that it masquerades, and no others (IPT-15); what its other
-            # chains drop, the tables of Services say.
-            if not chain.endswith(_FORWARD) or self._packet.masqueraded is False:
+            # A proxy's chain accepts answers, and of first packets those alone that it masquerades (IPT-15); what its
+            # other chains drop, the tables of Services say.
+            accepts = self._packet.answers or self._packet.masqueraded
+            if not chain.endswith(_FORWARD) or accepts is False:
                 return False
-            ends = sure and self._packet.masqueraded is True
+            ends = sure and accepts is True
             self.sure = self.sure and ends
             return ends
         for rule in self._chains.get(chain, ()):
@@ -188,13 +192,14 @@ def _meets(condition: Condition, packet: Passing) -> bool | None:  # noqa: PLR09
             return None if packet.source is None else _within(packet.source, values)
         case "protocol":
             return packet.protocol.name.lower() in values
-        case "port":
-            return any(_covers(each, packet.port) for each in values)
+        case "port" | "source port":
+            known = packet.answers == (condition.what == "source port")
+            return any(_covers(each, packet.port) for each in values) if known else None
         case "in" | "out":
             name = packet.incoming if condition.what == "in" else packet.outgoing
             return None if not name else any(fnmatchcase(name, each) for each in values)
         case "state":
-            return None if packet.stage == "untracked" else "new" in values
+            return None if packet.stage == "untracked" else ("established" if packet.answers else "new") in values
         case "translated":
             return packet.stage == "translated"
         case _:

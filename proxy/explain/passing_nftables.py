@@ -49,7 +49,8 @@ from rules.nftables.expressions import (
 from rules.nftables.messages import INTERVAL_END, Element
 from rules.nftables.objects import INTERVAL, ListedRule, SetSpec
 
-_META_OIFNAME, _META_NFPROTO = 7, 15
+_META_PROTOCOL, _META_OIFNAME, _META_NFPROTO = 1, 7, 15
+_ETHER_TYPES = {0x0800: 2, 0x86DD: 10}
 _WITHOUT_EFFECT = frozenset({"counter", "log", "objref", "last", "notrack", "immediate", "bitwise", "byteorder"})
 _STATES = {1: "invalid", 2: "established", 4: "related", 8: "new", 64: "untracked"}
 _ACTIONS: dict[int, Action] = {DROP: "drop", ACCEPT: "accept", JUMP: "jump", GOTO: "goto", RETURN: "return"}
@@ -216,8 +217,9 @@ def _compared(loaded: _Loaded, value: bytes, size: int, *, inverse: bool) -> lis
             return [Condition("in" if key == META_IIFNAME else "out", (name if whole else f"{name}*",), inverse)]
         if key == META_L4PROTO and len(value) == 1:
             return [Condition("protocol", (PROTOCOLS.get(value[0], str(value[0])),), inverse)]
-        if key == _META_NFPROTO and len(value) == 1:
-            return [Condition("family", (FAMILY_NAMES.get(value[0], "none"),), inverse)]
+        if (key, len(value)) in ((_META_NFPROTO, 1), (_META_PROTOCOL, 2)):
+            number = value[0] if key == _META_NFPROTO else _ETHER_TYPES.get(int.from_bytes(value), 0)
+            return [Condition("family", (FAMILY_NAMES.get(number, "none"),), inverse)]
     return [Condition("other", (_said(loaded.name),))]
 
 

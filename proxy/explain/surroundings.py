@@ -30,9 +30,15 @@ _PROXY_CHAINS = ("KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-SVC-", "KUBE-SEP-")
 """Chains that no one but kube-proxy makes; KUBE-FIREWALL, KUBE-MARK-DROP and others are the kubelet's."""
 
 
-Hook = Literal["prerouting", "input", "forward", "output"]
-HOOKS: tuple[Hook, ...] = ("prerouting", "input", "forward", "output")
-"""Where others may drop packets to Services; postrouting is for translation."""
+Hook = Literal["ingress", "prerouting", "input", "forward", "output", "egress"]
+HOOKS: tuple[Hook, ...] = ("ingress", "prerouting", "input", "forward", "output", "egress")
+"""Where others may drop packets to Services; postrouting is for translation.
+
+Ingress and egress are of devices, before and behind all others.  What chains of bridges see on the way in and out
+counts as that too.
+"""
+_OF_DEVICES = ("netdev", "bridge")
+"""Families whose chains see packets of IPv4 and of IPv6."""
 CONNECTION_TRACKING, DESTINATION_NAT = -200, -100
 """Where they stand in prerouting and output, by priority."""
 
@@ -68,7 +74,9 @@ class ForeignChain(NamedTuple):
     @property
     def stage(self) -> Stage:
         """How far packets are that it sees."""
-        if self.forwards or self.hook == "input" or self.priority > DESTINATION_NAT:
+        if self.hook == "ingress":
+            return "untracked"
+        if self.forwards or self.hook in ("input", "egress") or self.priority > DESTINATION_NAT:
             return "translated"
         return "tracked" if self.priority > CONNECTION_TRACKING else "untracked"
 
@@ -115,7 +123,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 
         Those of other service proxies are left out, and what was not read.
         """
-        kinds = ("inet", "ip") if family is Family.IPV4 else ("inet", "ip6")
+        kinds = ("inet", "ip" if family is Family.IPV4 else "ip6", *_OF_DEVICES)
         for base in self.chains:
             stands = "forward" if base.forwards else base.hook
             if stands == hook and base.rules is not None and base.family in kinds and base.table != "kube-proxy":

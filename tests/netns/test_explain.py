@@ -357,8 +357,20 @@ OBSTACLES = {
         ],
         {"forward-rule"},
     ),
+    "a policy, and what goes to pods is accepted": (
+        ["iptables-nft -P FORWARD DROP", "iptables-nft -A FORWARD -d 10.244.1.11 -j ACCEPT"],
+        {"forward-drop"},
+    ),
+    "a rule about answers": (["iptables-nft -t mangle -A FORWARD -s 10.244.1.11 -j DROP"], {"forward-rule"}),
+    "a rule about answers from a port": (
+        ["iptables-nft -t mangle -A FORWARD -p tcp --sport 8080 -m conntrack --ctstate ESTABLISHED -j DROP"],
+        {"forward-rule"},
+    ),
+    "a rule about answers to others": (["iptables-nft -t mangle -A FORWARD -s 10.244.1.11 -d 10.9.9.9 -j DROP"], set()),
     "a route that is gone": (["ip route del 10.244.1.11"], {"no-route"}),
 }
+ACCEPTED_BY_MODE_IPTABLES = {"a policy, and what goes to pods is accepted"}
+"""All answers are, as by kube-proxy (IPT-15)."""
 
 
 ACCEPT = "iptables-nft -A INPUT -m conntrack --ctstate {} -j ACCEPT"
@@ -396,6 +408,30 @@ ELSEWHERE_IN_THE_WAY = {
             "nft add table inet guard",
             "nft add chain inet guard p { type filter hook prerouting priority -50; }",
             "nft add rule inet guard p tcp dport { 8080, 9000 } drop",
+        ],
+    ),
+    "ingress, of a device": (
+        "ingress-rule",
+        [
+            "nft add table netdev guard",
+            "nft add chain netdev guard i { type filter hook ingress device pod-p3 priority 0; }",
+            "nft add rule netdev guard i ip daddr 10.96.7.0/24 drop",
+        ],
+    ),
+    "ingress, of several devices": (
+        "ingress-rule",
+        [
+            "nft add table inet guard",
+            "nft add chain inet guard i { type filter hook ingress devices = { pod-p2, pod-p3 } priority 0; }",
+            "nft add rule inet guard i tcp dport { 80, 81 } drop",
+        ],
+    ),
+    "egress, of a device": (
+        "egress-rule",
+        [
+            "nft add table netdev guard",
+            "nft add chain netdev guard e { type filter hook egress device pod-p1 priority 0; }",
+            "nft add rule netdev guard e ip daddr 10.244.1.11 tcp dport 8080 drop",
         ],
     ),
 }
@@ -440,8 +476,43 @@ def test_what_explain_says_of_input_output_and_prerouting_is_what_packets_meet(a
         for command in commands:
             if command.startswith("iptables"):
                 said(world, *command.replace(" -A ", " -D ").replace("INPUT DROP", "INPUT ACCEPT").split())
-        if "guard" in " ".join(commands):
-            said(world, "nft", "delete", "table", "inet", "guard")
+        if "guard" in commands[0]:
+            said(world, *commands[0].replace(" add ", " delete ").split())
+        world.probes.shut()
+        agent.expect_empty(manifests(CLUSTER))
+
+
+def test_what_a_bridge_or_another_device_drops_is_told_as_what_may_be(agent):
+    """Routes tell of neither whether packets come by them."""
+    agent.configure({})
+    world = agent.world
+    objects = [*manifests(CLUSTER), *one_backend("near", "10.96.7.1", 80, "10.244.1.11", 8080)]
+    commands = [
+        "nft add table bridge guard",
+        "nft add chain bridge guard i { type filter hook input priority 0; }",
+        "nft add rule bridge guard i iifname veth7 ip daddr 10.96.7.1 tcp dport 80 drop",
+        "nft add rule bridge guard i ip6 daddr fd00::1 drop",
+        "nft add chain bridge guard o { type filter hook output priority 0; policy drop; }",
+        "nft add table netdev guard",
+        "nft add chain netdev guard i { type filter hook ingress device pod-p2 priority 0; }",
+        "nft add rule netdev guard i ip daddr 10.96.7.1 drop",
+    ]
+    world.probes.open(backends(objects))
+    agent.apply(objects)
+    agent.settle()
+    try:
+        for command in commands:
+            said(world, *command.split())
+        [[outcome]] = world.probes.probe(Probe(host="p3", address="10.96.7.1", port=80, timeout=ANSWER))
+        code, data, _ = explain(agent, "10.96.7.1:80", "--from=10.244.1.13")
+        causes = data["answers"][0]["causes"]
+        kinds = sorted(each["kind"] for each in causes)
+        assert (outcome.kind, code) == ("answered", 0)
+        assert kinds == ["egress-drop", "ingress-rule-perhaps", "ingress-rule-perhaps"]
+        assert not any(each["certain"] for each in causes)
+    finally:
+        for family in ("bridge", "netdev"):
+            said(world, "nft", "delete", "table", family, "guard")
         world.probes.shut()
         agent.expect_empty(manifests(CLUSTER))
 
@@ -499,6 +570,8 @@ def test_what_explain_says_of_obstacles_is_what_packets_meet(agent, mode, obstac
     if mode not in ("nftables", "iptables"):
         pytest.skip(f"in mode {mode} the node forwards no packet of a connection's beginning")
     commands, expected = OBSTACLES[obstacle]
+    if mode == "iptables" and obstacle in ACCEPTED_BY_MODE_IPTABLES:
+        expected = set()
     if any("legacy" in each for each in commands) and shutil.which("iptables-legacy") is None:
         pytest.skip("iptables-legacy is not installed")
     agent.configure({})
@@ -521,7 +594,7 @@ def test_what_explain_says_of_obstacles_is_what_packets_meet(agent, mode, obstac
         for command in commands:
             if command.startswith("iptables"):
                 said(world, *command.replace(" -A ", " -D ").replace("FORWARD DROP", "FORWARD ACCEPT").split())
-        if "guard" in " ".join(commands):
-            said(world, "nft", "delete", "table", "inet", "guard")
+        if "guard" in commands[0]:
+            said(world, *commands[0].replace(" add ", " delete ").split())
         world.probes.shut()
         agent.expect_empty(manifests(CLUSTER))

@@ -102,6 +102,12 @@ def source(request: pytest.FixtureRequest) -> Iterator[Source]:
         run("ip", "address", "add", "192.168.50.11/24", "dev", "eth0")
         run("ip", "address", "add", "fd00:50::11/64", "dev", "eth0", "nodad")
         run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        for pods, others, router in (
+            ("10.244.1.0/24", "10.244.2.0/24", "192.168.50.12"),
+            ("fd00:244:1::/64", "fd00:244:2::/64", "fd00:50::12"),
+        ):
+            run("ip", "route", "add", pods, "dev", "eth0")
+            run("ip", "route", "add", others, "via", router)
         request.param.load()
         yield request.param
 
@@ -151,6 +157,10 @@ def test_explain_goes_by_the_rules_of_the_node(source: Source, capsys: pytest.Ca
     assert code == 0
     assert out.startswith(f"According to kube-proxy's {source.name} rules on this node:")
     assert "another service proxy" not in out
+    run("ip", "route", "del", "10.244.2.0/24")
+    for target in ("default/np", "10.96.30.4:80"):
+        _, out, _ = sluice(capsys, "explain", "--live", "--of", "kube-proxy", target)
+        assert "the node has no way to 10.244.2.11:8080: there is no route" in out
     code, out, _ = sluice(
         capsys,
         "explain",

@@ -433,6 +433,8 @@ def forwards(*rules: ForeignRule, drops: bool = False) -> dict[str, Any]:
 
 
 TO_ONE = (Condition("destination", ("10.244.1.11/32",)),)
+TO_EITHER = (Condition("destination", ("10.244.0.0/16", "10.96.0.41/32")),)
+"""To backends, or to the frontend where that is seen."""
 SICK = {
     "no-slices": lambda: of_manifests("nobody"),
     "empty-slices": lambda: of_manifests("scaled-down"),
@@ -480,7 +482,7 @@ SICK = {
         if hook != "forward"
         for kind, rules, drops in (
             ("drop", (), True),
-            ("rule", (ForeignRule(5, "drop", TO_ONE),), False),
+            ("rule", (ForeignRule(5, "drop", TO_EITHER),), False),
             ("rule-perhaps", (ForeignRule(5, "drop", (Condition("other", ("mark",)),)),), False),
         )
     },

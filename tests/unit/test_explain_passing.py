@@ -194,6 +194,9 @@ NEW = struct.pack("=I", 8)
         ((Meta(1, META_IIFNAME), Cmp(1, NOT_EQUAL, b"eth0\0")), "not in eth0"),
         ((Meta(1, 7), Cmp(1, EQUAL, b"veth")), "out veth*"),
         ((Meta(1, META_L4PROTO), Cmp(1, EQUAL, b"\x11")), "protocol udp"),
+        ((Meta(1, 1), Cmp(1, EQUAL, b"\x08\0")), "family IPv4"),
+        ((Meta(1, 1), Cmp(1, NOT_EQUAL, b"\x86\xdd")), "not family IPv6"),
+        ((Meta(1, 1), Cmp(1, EQUAL, b"\x08\6")), "family none"),
         ((Meta(1, 3), Cmp(1, EQUAL, NEW)), "other mark"),
         ((Ct(1, CT_STATE), Bitwise(1, 1, 4, NEW, bytes(4)), Cmp(1, NOT_EQUAL, bytes(4))), "state new"),
         ((Ct(1, 2), Bitwise(1, 1, 4, struct.pack("=I", 32), bytes(4)), Cmp(1, NOT_EQUAL, bytes(4))), "translated"),
@@ -312,6 +315,14 @@ FRONTEND = Passing(parse_address("10.96.0.1"), Protocol.TCP, 443, stage="tracked
         ("relayed", "forward", 0, "never", ""),
         ("relayed", "input", 0, "always", "frontend tracked"),
         ("relayed", "output", 0, "out", "frontend tracked"),
+        # Before and behind all that stand the chains of devices.
+        ("translated", "ingress", 0, "in", "frontend untracked"),
+        ("bound", "ingress", 0, "in", "frontend untracked"),
+        ("relayed", "ingress", 0, "in", "frontend untracked"),
+        ("translated", "egress", 0, "to others", "backend translated"),
+        ("bound", "egress", 0, "to others", "backend tracked"),
+        ("relayed", "egress", 0, "never", ""),
+        ("plain", "egress", 0, "to others", "backend tracked"),
         ("plain", "output", 0, "out", "frontend tracked"),
         ("plain", "input", 0, "to the node", "frontend tracked"),
     ],
@@ -327,7 +338,7 @@ def test_which_chains_see_a_packet_and_what_they_see_of_it(*, carried, chain, pr
         "in": not by_node, "out": by_node, "in to others": not (by_node or stays), "to the node": stays,
         "in, or to itself": stays or not by_node,
         "out, or sent on": by_node or not stays,
-        "always": True, "never": False,
+        "to others": not stays, "always": True, "never": False,
     }[comes]  # fmt: skip
     assert bool(found) is expected
     for each in found:
@@ -339,6 +350,23 @@ def test_which_chains_see_a_packet_and_what_they_see_of_it(*, carried, chain, pr
             sees = "backend tracked"
         assert f"{what} {each.stage}" == sees
         assert each.incoming == ("lo" if by_loopback else "")
+
+
+def test_answers_come_from_a_port_and_belong_to_a_connection():
+    answer = PACKET._replace(answers=True)
+    known = {
+        ("port", "80"): (True, None),
+        ("source port", "80"): (None, True),
+        ("source port", "81"): (None, False),
+        ("state", "new"): (True, False),
+        ("state", "established"): (False, True),
+        ("translated", ""): (True, True),
+    }
+    for (what, value), expected in known.items():
+        condition = Condition(what, (value,))  # type: ignore[arg-type]
+        assert (holds(condition, PACKET), holds(condition, answer)) == expected, what
+    chains = {"f": [rule("jump", target="KUBE-FORWARD"), rule("drop")]}
+    assert not dropped_by("f", chains, answer, policy_drops=True)
 
 
 def test_before_destination_nat_nothing_is_translated_and_before_connection_tracking_no_state_is_known():
