@@ -52,6 +52,9 @@ class Row(NamedTuple):
     """`rejected` or `dropped`: what happens to those who find no backend; else empty."""
     ranges: tuple[str, ...]
     affinity: int
+    scheduler: str
+    """How a backend is chosen; empty: at random."""
+    proxy_protocol: bool
     masquerade: str
     """Whose source is rewritten (see `masquerade`); empty where there is no backend."""
 
@@ -168,6 +171,8 @@ def _row(frontend: Frontend, route: Route, node: NodeFacts) -> Row:
         refusal="" if route.refusal is None else _REFUSALS[route.refusal],
         ranges=tuple(map(str, route.source_ranges)),
         affinity=route.affinity,
+        scheduler=route.scheduler,
+        proxy_protocol=route.proxy_protocol,
         masquerade=masquerade(route, node),
     )
 
@@ -220,6 +225,8 @@ def _route_json(frontend: Frontend, route: Route, node: NodeFacts) -> dict[str, 
         "refusal": None if route.refusal is None else route.refusal.value,
         "affinitySeconds": route.affinity,
         "sourceRanges": list(map(str, route.source_ranges)),
+        "scheduler": route.scheduler or None,
+        "proxyProtocol": route.proxy_protocol,
         "masquerade": masquerade(route, node),
     }
 
@@ -277,6 +284,10 @@ def _cells(row: Row, *, wide: bool) -> tuple[str, ...]:
         notes.append(f"only from {_list(row.ranges, wide=wide)}")
     if row.affinity:
         notes.append(f"affinity {row.affinity}s")
+    if row.scheduler:
+        notes.append(f"scheduler {row.scheduler}")
+    if row.proxy_protocol:
+        notes.append("PROXY protocol")
     if wide and row.masquerade:
         notes.append(f"masqueraded: {row.masquerade}")
     backends = _list(row.backends, wide=wide)

@@ -172,8 +172,19 @@ def test_json_is_stable_and_has_addresses_as_text():
         "refusal": "drop",
         "affinitySeconds": 0,
         "sourceRanges": ["192.0.2.0/24"],
+        "scheduler": None,
+        "proxyProtocol": False,
         "masquerade": "the node",
     }
+
+
+def test_how_a_backend_is_chosen_and_told_its_client_is_shown():
+    [(frontend, route)] = [(each, route) for each, route in TABLE.routes.items() if str(each) == "1.2.3.4:80/TCP"]
+    route = msgspec.structs.replace(route, scheduler="least-connections", proxy_protocol=True)
+    table = msgspec.structs.replace(TABLE, routes={frontend: route})
+    assert "scheduler least-connections; PROXY protocol" in printed(Shown("", table))
+    [shown] = to_json(Shown("", table))["routes"]
+    assert (shown["scheduler"], shown["proxyProtocol"]) == ("least-connections", True)
 
 
 def test_yaml_says_the_same_as_json():
