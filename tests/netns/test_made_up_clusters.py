@@ -108,12 +108,12 @@ class Clients:
         before = self._answers.get(flow, "dropped")
         if before in ("dropped", "refused"):
             return fresh  # there is no entry
+        if mode == "ipvs":
+            return fresh  # it lets no flow be where no new one would come (IPVS-23), whatever conntrack holds
         serving = by_host(reference.serving(asked) or ())
         if before == "untouched":
             return fresh if serving else {before}
-        # IPVS lets no flow be where no new one would come (IPVS-23).
-        kept = serving if mode != "ipvs" else fresh
-        return {before} if before in kept else fresh
+        return {before} if before in serving else fresh
 
     def probes(self, flows: Iterator[Flow]) -> list[Probe]:
         return [
