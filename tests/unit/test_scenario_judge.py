@@ -50,9 +50,12 @@ def test_the_cap_leaves_a_chance_of_less_than_one_in_a_thousand_million(backends
 
 def test_kept_means_address_and_port():
     assert not judge(case(Answered(backends=["p1:8080"], source="kept")), [P1]).wrong
-    for peer in [NODE, ("10.244.1.13", 6)]:
-        wrong = judge(case(Answered(backends=["p1:8080"], source="kept")), [P1, answered(peer=peer)]).wrong
+    other_port = answered(peer=("10.244.1.13", 6))
+    for answers in [P1, answered(peer=NODE)], [other_port, other_port]:
+        wrong = judge(case(Answered(backends=["p1:8080"], source="kept")), answers).wrong
         assert "expected the source kept" in wrong
+    # Connection tracking gives another port to what would clash with another connection.
+    assert not judge(case(Answered(backends=["p1:8080"], source="kept")), [P1, other_port]).wrong
 
 
 def test_masqueraded_means_the_nodes_address():
