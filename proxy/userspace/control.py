@@ -77,6 +77,18 @@ class Apply(msgspec.Struct, frozen=True, kw_only=True, tag="apply"):
     """Kept for `Table` only: a proxy is the source of every connection, so none reaches itself."""
     hairpins_removed: list[Endpoint] = []
 
+    def fault(self) -> str | None:
+        """What makes no sense in it; None: it can be applied."""
+        size = self.family.address_bytes
+        for frontend in (*self.removed, *(frontend for frontend, _ in self.put)):
+            if len(frontend.address) not in (0, size) or not 0 < frontend.port < 1 << 16:
+                return f"a frontend is no {self.family.label} address and a port"
+        for _, route in self.put:
+            for address, port in (*route.backends, *(route.local_backends or ())):
+                if len(address) != size or not 0 < port < 1 << 16:
+                    return f"a backend is no {self.family.label} address and a port"
+        return None
+
 
 class Table(msgspec.Struct, frozen=True, tag="table"):
     """Answered by `TableAnswer`."""

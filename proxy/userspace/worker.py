@@ -208,6 +208,8 @@ class Worker:
         async with self._lock:
             if self._draining is not None:
                 return Failed("it is draining")
+            if fault := request.fault():
+                return Failed(f"not understood: {fault}")
             table = self._tables[request.family]
             await self._settle(table, table.change(request))
             self._tcp.changed(request.family, table.served)

@@ -126,7 +126,7 @@ def worker_tables(data: bytes) -> None:
     """What an agent has a worker serve, and what a worker answers of it."""
     with contextlib.suppress(msgspec.MsgspecError):
         request = control.decode_request(data)
-        if isinstance(request, control.Apply):
+        if isinstance(request, control.Apply) and request.fault() is None:
             chance = random.Random(1)
             table = Table(request.family, memory=Memory(), chance=chance, interfaces=dict)
             list(table.change(request))

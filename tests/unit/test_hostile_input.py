@@ -18,7 +18,7 @@ from proxy.explain.passing import Condition, ForeignRule
 from proxy.explain.surroundings import ForeignChain, Surroundings
 from proxy.sources.credentials import CredentialsError, accept
 from rules.dataplane import Capabilities, UnavailableError
-from rules.foreign import ipvs_text
+from rules.foreign import ipvs_text, kube_proxy_nftables, nft_json
 from rules.foreign.removal import removal
 from rules.forwarding import Backend, Endpoint, Family, Frontend, Kind, NodeFacts, Prefix, Protocol, Route
 from rules.ipvs.device import Device
@@ -162,6 +162,18 @@ def test_a_comment_with_a_strange_line_break_is_no_rule(end: str) -> None:
     rule = f'-A PREROUTING -m comment --comment "x{end}-A OUTPUT -j KUBE-SERVICES{end}" -j ACCEPT'
     saved = f"*nat\n:KUBE-SERVICES - [0:0]\n{rule}\nCOMMIT\n"
     assert removal(saved).jumps == 0
+
+
+def test_a_line_break_in_the_name_of_a_chain_makes_no_second_sentence() -> None:
+    table = {"family": "ip", "name": "kube-proxy", "handle": 3}
+    element = [{"concat": ["10.96.0.10", "udp", 53]}, {"goto": {"target": "service-2YY5BS5C-kube-system/dns/udp/\ns"}}]
+    types = ["ipv4_addr", "inet_proto", "inet_service"]
+    map_ = {"family": "ip", "table": "kube-proxy", "name": "service-ips", "type": types, "map": "verdict"}
+    listed = [{"metainfo": {"json_schema_version": 1}}, {"table": table}, {"map": {**map_, "elem": [element]}}]
+    [parsed] = nft_json.parse(msgspec.json.encode({"nftables": listed}))
+    damage = kube_proxy_nftables.decode(parsed).table.damage
+    assert any("udp/\\ns" in each for each in damage)
+    assert all(each.isprintable() for each in damage)
 
 
 def test_of_a_real_server_that_stands_twice_the_last_line_counts() -> None:

@@ -17,7 +17,7 @@ from proxy.userspace.control import Apply, ControlError, WireNode
 from proxy.userspace.icmp import port_unreachable
 from proxy.userspace.proxy_protocol import header
 from proxy.userspace.worker import Options, parse
-from rules.forwarding import Family, InputInterface, Protocol, parse_address
+from rules.forwarding import Backend, Family, Frontend, InputInterface, Kind, Protocol, Route, parse_address
 from tests.strategies import tables
 
 
@@ -35,6 +35,30 @@ def test_a_table_crosses_as_it_is(table) -> None:  # type: ignore[no-untyped-def
     framed = control.frame(asked)
     assert control.body_length(framed[: control.HEAD_BYTES]) == len(framed) - control.HEAD_BYTES
     assert control.decode_request(framed[control.HEAD_BYTES :]) == asked
+    assert asked.fault() is None
+
+
+VIP, POD = parse_address("10.96.0.1"), parse_address("10.244.1.11")
+
+
+@pytest.mark.parametrize(
+    ("frontend", "backend", "what"),
+    [
+        ((VIP, 80), (POD[:3], 80), "backend"),
+        ((VIP, 80), (bytes(16), 80), "backend"),
+        ((VIP, 80), (POD, 0), "backend"),
+        ((VIP[:3], 80), (POD, 80), "frontend"),
+        ((VIP, 70000), (POD, 80), "frontend"),
+    ],
+)
+def test_a_table_with_half_an_address_is_not_applied(
+    frontend: tuple[bytes, int], backend: tuple[bytes, int], what: str
+) -> None:
+    at = Frontend(frontend[0], Protocol.TCP, frontend[1])
+    route = Route(kind=Kind.CLUSTER_IP, backends=frozenset({Backend(*backend)}))
+    assert f"a {what} is no IPv4 address" in str(Apply(family=Family.IPV4, put=[(at, route)]).fault())
+    if what == "frontend":
+        assert Apply(family=Family.IPV4, removed=[at]).fault()
 
 
 @pytest.mark.parametrize("body", [b"\x81\xa4type\xa4\xffdone", b"\xa1\xff", b"\x81\xa4type" + b"\x91" * 100_000, b""])

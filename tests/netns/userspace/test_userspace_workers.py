@@ -28,7 +28,7 @@ from proxy.userspace.control import (
 )
 from proxy.userspace.control import Table as AskTable
 from proxy.userspace.supervisor import Workers, anything_left, running
-from rules.forwarding import Backend, Endpoint, Family, Kind, parse_address
+from rules.forwarding import Backend, Endpoint, Family, Frontend, Kind, Protocol, parse_address
 from tests.netns.userspace.rig import PATIENCE, VIP, Held, Serve, Start, ask, connect, frontend, read_all, route, until
 
 
@@ -171,6 +171,8 @@ def test_a_worker_has_its_own_session_and_lets_no_second_one_have_its_name(start
 def test_nonsense_is_answered_and_harms_nobody(start: Start) -> None:
     worker = start()
     assert isinstance(worker.connection.ask(Hello(version=99)), Failed)
+    absurd = Apply(family=Family.IPV4, removed=[Frontend(b"abc", Protocol.TCP, 80)])
+    assert worker.connection.ask(absurd) == Failed("not understood: a frontend is no IPv4 address and a port")
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.settimeout(PATIENCE)
         stranger.connect("\0sluice-worker/0")
