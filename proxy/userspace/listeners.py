@@ -15,7 +15,6 @@ connections.  Closing a listener leaves its accepted connections alone.
 from __future__ import annotations
 
 import errno
-import os
 
 from proxy.userspace import filters, sockets
 from proxy.userspace.admission import Admission, admission
@@ -104,11 +103,9 @@ class Listeners:
     def _start(self, bind: Bind, served: Served, wanted: Admission) -> None:
         if len(self._open) >= self._most:
             raise OSError(errno.EMFILE, f"more than {self._most} listeners: raise the limit of open files")
-        opened = sockets.new_listener(served.family, bind.protocol)
+        opened = sockets.new_listener(served.family, bind.protocol, self._last)
         listener: TcpListener | UdpListener
         try:
-            if opened.fileno() >= self._last:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301  # it is to be closed
             # Before it is bound: nothing shall wait in it that the filter would have kept out.
             filtered = _filter(opened, served.family, wanted)
             sockets.start_listener(opened, bind.protocol, bind.address, bind.port)

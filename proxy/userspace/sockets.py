@@ -32,14 +32,22 @@ Socket = socket.SocketType
 """The plain socket, without the module's Python layer, whose construction costs more than the system call."""
 
 
-def new_listener(family: Family, protocol: Protocol) -> Socket:
+def _new(family: int, kind: int, last: int) -> Socket:
+    """A socket, with a descriptor below `last`: the others are kept for what is more important."""
+    opened = socket.SocketType(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    if opened.fileno() >= last:  # the system always gives the least number that is free
+        opened.close()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return opened
+
+
+def new_listener(family: Family, protocol: Protocol, last: int) -> Socket:
     """A socket for `start_listener`.
 
     Raises:
-        OSError: no descriptor is left, or the kernel lacks the family.
+        OSError: no descriptor below `last` is left, or the kernel lacks the family.
     """
-    kind = socket.SOCK_STREAM if protocol is Protocol.TCP else socket.SOCK_DGRAM
-    listener = socket.SocketType(family.af, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    listener = _new(family.af, socket.SOCK_STREAM if protocol is Protocol.TCP else socket.SOCK_DGRAM, last)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -92,13 +100,13 @@ def accept(listener: Socket) -> tuple[Socket, tuple[str, int]]:
     return socket.SocketType(listener.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, descriptor), address[:2]
 
 
-def connect(family: int, kind: int, address: tuple[str, int]) -> Socket:
+def connect(family: int, kind: int, address: tuple[str, int], last: int) -> Socket:
     """A socket that is connecting (TCP) or connected (UDP).
 
     Raises:
-        OSError: no descriptor or no port is left, or the address is out of reach.
+        OSError: no descriptor below `last` or no port is left, or the address is out of reach.
     """
-    connection = socket.SocketType(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    connection = _new(family, kind, last)
     try:
         if kind == socket.SOCK_STREAM:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

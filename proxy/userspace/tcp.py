@@ -241,7 +241,7 @@ class Tcp:
             if self._listens(Bind(target.backend.address, Protocol.TCP, target.backend.port)):
                 # It would come back, again and again.  Rules translate no packet twice, so nobody would answer there.
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))  # noqa: TRY301  # as if the kernel had refused
-            connection = sockets.connect(attempt.served.family.af, socket.SOCK_STREAM, target.address)
+            connection = sockets.connect(attempt.served.family.af, socket.SOCK_STREAM, target.address, self._last)
         except OSError as error:
             self.failed(attempt, error)
             return

@@ -310,11 +310,7 @@ class Udp:
         if self._listens(Bind(target.backend.address, Protocol.UDP, target.backend.port)):
             # It would come back, again and again, by a flow more each time.
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        connection = sockets.connect(family.af, socket.SOCK_DGRAM, target.address)
-        if connection.fileno() >= self._last:
-            connection.close()
-            raise OSError(errno.EMFILE, "no descriptor is left for a flow")
-        return connection
+        return sockets.connect(family.af, socket.SOCK_DGRAM, target.address, self._last)
 
     def _evict(self) -> None:
         """The flow that was idle longest goes."""

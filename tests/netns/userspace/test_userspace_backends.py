@@ -285,6 +285,30 @@ def test_who_has_all_descriptors_for_clients_still_meets_the_next_agent(
             assert isinstance(another.ask(AskTable(Family.IPV4)), TableAnswer)
 
 
+def test_connections_to_backends_leave_those_descriptors_too(
+    start: Start, held: tuple[Held, Backend], loop: str
+) -> None:
+    """Where one comes free at a time, a client gets that one, and its backend would get one of those."""
+    _, backend = held
+    worker = start(0, "--loop", loop, files=60)
+    others = [frontend(VIP, port) for port in range(1000, 1010)]
+    assert not worker.apply({frontend(VIP): route(backend), **dict.fromkeys(others, route(backend))})
+    with contextlib.ExitStack() as clients:
+
+        def fill() -> None:
+            before = worker.stats().exhausted
+            while worker.stats().exhausted == before:
+                with contextlib.suppress(ConnectionResetError):
+                    clients.enter_context(connect(VIP))
+
+        fill()
+        for each in others:
+            assert not worker.apply(removed=[each])
+            fill()
+        with contextlib.closing(Connection(0, timeout=PATIENCE)) as another:
+            assert isinstance(another.ask(AskTable(Family.IPV4)), TableAnswer)
+
+
 def test_listeners_never_take_the_descriptors_of_all_connections(start: Start, serve: Serve) -> None:
     backend = serve("10.96.1.1").backend
     worker = start(0, files=80)
