@@ -30,7 +30,7 @@ from bench.rounds import Place
 from bench.verbs import Cost
 from proxy.config.load import load as load_settings
 from proxy.render import render
-from proxy.sources.manifests import load as load_manifests
+from proxy.sources.manifest_loading import load as load_manifests
 from rules.foreign.nft_model import TABLE
 from tests.kube_proxy_ipvs import lay_out
 

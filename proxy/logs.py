@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from proxy.log_output import Output
-from proxy.report import one_line
+from rules.words import one_line
 
 if TYPE_CHECKING:
     import structlog

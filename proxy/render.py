@@ -15,7 +15,7 @@ from proxy.objects import Service
 from proxy.offline import Standing, standing_of
 from proxy.output import Format, Shown, write
 from proxy.sources.manifest_files import Unreadable
-from proxy.sources.manifest_loading import load, loads
+from proxy.sources.manifest_loading import given
 from proxy.sources.manifest_objects import FileError, Loaded
 from rules.forwarding import Family, ForwardingTable
 
@@ -31,7 +31,7 @@ class Rendered(NamedTuple):
 def main(settings: Settings, filename: str, format_: Format) -> int:
     """Print what `filename` (a file, a directory, or `-` for standard input) comes to; 2 if it cannot be read."""
     try:
-        loaded = loads("standard input", sys.stdin.buffer.read()) if filename == "-" else load(filename)
+        loaded = given(filename)
     except (Unreadable, FileError) as error:
         sys.stderr.write(f"sluice render: {error}\n")
         return 2
@@ -42,7 +42,7 @@ def main(settings: Settings, filename: str, format_: Format) -> int:
         return 2
     for problem in rendered.problems:
         sys.stderr.write(f"sluice render: {problem}\n")
-    if loaded.problems and not (loaded.services or loaded.slices or loaded.nodes):
+    if loaded.unusable:
         return 2
     write([Shown("", table) for table in rendered.tables], format_)
     return 0

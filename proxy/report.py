@@ -10,11 +10,6 @@ import msgspec
 from rules.dataplane import Capabilities
 
 
-def one_line(text: str) -> str:
-    """Text without control characters: what a stranger's object says must not forge lines or colours."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
 class _Report(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """A part of the report; in JSON its fields are spelt as in Kubernetes."""
 

@@ -13,7 +13,8 @@ import msgspec
 
 from proxy.agent_socket import AgentError
 from proxy.agent_socket import status as ask
-from proxy.report import FamilyReport, Followed, LastSync, Status, one_line
+from proxy.report import FamilyReport, Followed, LastSync, Status
+from rules.words import one_line
 
 Format = Literal["text", "json"]
 

@@ -170,11 +170,11 @@ def _wanted(settings: Settings, filename: str) -> tuple[Sequence[ForwardingTable
     from proxy.interfaces import read_addresses  # noqa: PLC0415  # pyroute2, which an agent's answer does without
     from proxy.render import render  # noqa: PLC0415  # likewise the parsers
     from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415  # likewise
-    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_loading import given  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
 
     try:
-        loaded = loads("standard input", sys.stdin.buffer.read()) if filename == "-" else load(filename)
+        loaded = given(filename)
         rendered = render(loaded, settings, socket.gethostname(), interfaces=read_addresses())
     except (Unreadable, FileError) as error:
         raise CannotTellError(str(error)) from None
@@ -182,7 +182,7 @@ def _wanted(settings: Settings, filename: str) -> tuple[Sequence[ForwardingTable
         raise CannotTellError(f"--hostname-override: {error}") from None
     for problem in rendered.problems:
         sys.stderr.write(f"sluice verify: {problem}\n")
-    if loaded.problems and not (loaded.services or loaded.slices or loaded.nodes):
+    if loaded.unusable:
         raise CannotTellError(f"nothing in {filename} can be used")
     return rendered.tables, rendered.problems
 

@@ -31,14 +31,12 @@ from proxy.explain.gather import Means
 from proxy.explain.obstacles import backends_of
 from proxy.explain.surroundings import Surroundings
 from proxy.objects import ZONE_LABEL, EndpointSlice, Key, Node, ObjectError, Service, by_service, convert
-from proxy.report import Status, one_line
+from proxy.report import Status
 from proxy.verify import CannotTellError, Verified
 from rules.dataplane import DataplaneError
 from rules.diff import fit
-from rules.forwarding import (
-    Family,
-    ForwardingTable,
-)
+from rules.forwarding import Family, ForwardingTable
+from rules.words import one_line
 
 Format = Literal["text", "json"]
 
@@ -151,18 +149,18 @@ def from_manifests(settings: Settings, filename: str, means: Means = Means()) ->
     from proxy.offline import standing_of  # noqa: PLC0415  # the parsers
     from proxy.render import render_on  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415  # likewise
-    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_loading import given  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
 
     try:
-        loaded = loads("standard input", sys.stdin.buffer.read()) if filename == "-" else load(filename)
+        loaded = given(filename)
         standing = standing_of(loaded, settings, socket.gethostname(), read_addresses())
         rendered = render_on(standing, loaded.services)
     except (Unreadable, FileError) as error:
         raise CannotTellError(str(error)) from None
     except ValueError as error:
         raise CannotTellError(f"--hostname-override: {error}") from None
-    if loaded.problems and not (loaded.services or loaded.slices or loaded.nodes):
+    if loaded.unusable:
         raise CannotTellError(f"nothing in {filename} can be used")
     supported = modes.supported_families()
     tables = {table.family: table for table in rendered.tables if table.family in supported}

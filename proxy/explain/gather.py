@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,15 +73,14 @@ def _from_file(where: Where, settings: Settings, asked: Asked, client: Client, m
     # YAML: 0.05 s that answers about this node do without.
     from proxy.explain.manifests import from_manifests, interfaces_of  # noqa: PLC0415
     from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415
-    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415
+    from proxy.sources.manifest_loading import given  # noqa: PLC0415
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415
 
     try:
-        from_input = where.filename == "-"
-        loaded = loads("standard input", sys.stdin.buffer.read()) if from_input else load(where.filename)
+        loaded = given(where.filename)
     except (Unreadable, FileError) as error:
         raise UnanswerableError(str(error)) from None
-    if loaded.problems and not (loaded.services or loaded.slices or loaded.nodes):
+    if loaded.unusable:
         raise UnanswerableError("; ".join(map(str, loaded.problems)))
     hostname = socket.gethostname()
     if where.live:
@@ -96,7 +94,7 @@ def _from_file(where: Where, settings: Settings, asked: Asked, client: Client, m
     elif not loaded.nodes:
         # Without a cluster, manifests are about the machine that they lie on (DESIGN 4.14).
         interfaces = {"node": tuple(sorted(means.look().addresses))}
-    words = "standard input" if from_input else where.filename
+    words = "standard input" if where.filename == "-" else where.filename
     return from_manifests(loaded, settings, hostname, asked, words=words, interfaces=interfaces)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -53,14 +52,14 @@ def of_manifests(name: str) -> Objects:
         CannotTellError: they cannot be read or used.
     """
     from proxy.sources.manifest_files import Unreadable  # noqa: PLC0415  # YAML, which the API server does without
-    from proxy.sources.manifest_loading import load, loads  # noqa: PLC0415  # likewise
+    from proxy.sources.manifest_loading import given  # noqa: PLC0415  # likewise
     from proxy.sources.manifest_objects import FileError  # noqa: PLC0415  # likewise
 
     try:
-        loaded = loads("standard input", sys.stdin.buffer.read()) if name == "-" else load(name)
+        loaded = given(name)
     except (Unreadable, FileError) as error:
         raise CannotTellError(str(error)) from None
-    if loaded.problems and not (loaded.services or loaded.slices or loaded.nodes):
+    if loaded.unusable:
         raise CannotTellError(f"nothing in {name} can be used")
     return Objects(loaded, name)
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from proxy.sources.manifest_files import Files, Tools, scan
 from proxy.sources.manifest_objects import FileError, Loaded, merge, parse
 from proxy.sources.yaml_children import Converter
+
+
+def given(name: str) -> Loaded:
+    """What a verb was given with `-f`: a file or a directory, as `load`; `-` is standard input.
+
+    Raises:
+        Unreadable: as `load`.
+        FileError: as `loads`.
+    """
+    return loads("standard input", sys.stdin.buffer.read()) if name == "-" else load(name)
 
 
 def load(path: str | os.PathLike[str], node_name: str | None = None) -> Loaded:

@@ -101,6 +101,11 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     service_cidrs: tuple[ServiceCIDR, ...] = ()
     problems: tuple[Problem, ...] = ()
 
+    @property
+    def unusable(self) -> bool:
+        """Whether all that there is, is wrong."""
+        return bool(self.problems) and not (self.services or self.slices or self.nodes)
+
 
 def parse(name: str, data: bytes, to_json: Callable[[bytes], bytes]) -> Content:
     """The objects in the bytes of a file.

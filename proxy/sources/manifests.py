@@ -34,13 +34,13 @@ from proxy.objects import Key, Object
 from proxy.report import Followed
 from proxy.sources.base import Resource, Sink, prepare
 from proxy.sources.manifest_files import Files, Tools, Unreadable, printable, scan
-from proxy.sources.manifest_loading import absolute, load, loads, together
+from proxy.sources.manifest_loading import absolute, together
 from proxy.sources.manifest_objects import ORIGIN, FileError, Loaded, Problem
 from proxy.sources.watching import Watcher, set_within
 from proxy.sources.yaml_children import Converter
 from proxy.state import SECOND_LOOK, suspicious
 
-__all__ = ["FileError", "Loaded", "ManifestSource", "Problem", "Unreadable", "load", "loads"]
+__all__ = ["FileError", "Loaded", "ManifestSource", "Problem", "Unreadable"]
 
 LOOK_EVERY = 30.0
 """Seconds between looks without an event, for file systems that have none (NFS, 9p)."""

@@ -34,6 +34,7 @@ from rules.forwarding import (
     check_route,
     merge_prefixes,
 )
+from rules.words import one_line
 
 
 class ForeignError(Exception):
@@ -173,7 +174,7 @@ class Gathering:
             node=node,
             routes=routes,
             hairpins=frozenset(self.hairpins),
-            damage=frozenset(_one_line(each) for each in self.damage),  # names may be any bytes
+            damage=frozenset(map(one_line, self.damage)),  # names may be any bytes
         )
         vague = frozenset(frontend for frontend, item in self.items.items() if item.vague and frontend in routes)
         return Reading(mode=mode, table=table, vague=vague, untold=untold)
@@ -246,13 +247,6 @@ class Gathering:
         if picks.protocols - {frontend.protocol}:
             faults.append(f"{name} leads to backends of another protocol")
         return picks
-
-
-def _one_line(sentence: str) -> str:
-    """A sentence in which names stand that somebody chose: a line break in one must not forge another sentence."""
-    if sentence.isprintable():
-        return sentence
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in sentence)
 
 
 def parse_port(text: str) -> int:

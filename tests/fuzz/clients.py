@@ -41,9 +41,9 @@ from proxy.serving.messages import RequestError, Response, compose, parse
 from proxy.serving.metrics import Metrics
 from proxy.serving.servers import MetricsPages, health_handler
 from proxy.sources.base import Resource
+from proxy.sources.manifest_loading import loads
 from proxy.sources.manifest_objects import FileError, merge
 from proxy.sources.manifest_objects import parse as parse_manifest
-from proxy.sources.manifests import loads
 from proxy.state import State
 from rules.forwarding import Family, check_route, parse_address
 from tests.fuzz.peers import SEPARATOR, archive_of, file_with

@@ -18,7 +18,7 @@ from proxy.config.load import load as configure
 from proxy.demo.probes import Probe
 from proxy.explain.surroundings import ForeignChain, look
 from proxy.render import render
-from proxy.sources.manifests import load
+from proxy.sources.manifest_loading import load
 from rules.forwarding import Family, parse_address
 from rules.nftables.dataplane import NftablesDataplane
 from tests.netns.agent import Agent

@@ -22,7 +22,7 @@ from proxy.config.settings import Settings
 from proxy.foreign import verify
 from proxy.foreign.sources import from_node
 from proxy.render import render
-from proxy.sources.manifests import load
+from proxy.sources.manifest_loading import load
 from rules.dataplane import UnavailableError
 from rules.foreign.detect import readings
 from rules.foreign.gathering import Reading

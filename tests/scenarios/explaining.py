@@ -16,7 +16,7 @@ from proxy.explain.evidence import Evidence, of_this_node
 from proxy.explain.manifests import from_manifests
 from proxy.explain.surroundings import Surroundings
 from proxy.node import Interfaces
-from proxy.sources.manifests import loads
+from proxy.sources.manifest_loading import loads
 from rules.explanation import Origin, Outcome, Reaches
 from rules.forwarding import Address, Backend, Family, ForwardingTable, Protocol, format_address, parse_address
 from tests.scenarios.schema import Answered, Case, Manifest, join

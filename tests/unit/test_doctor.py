@@ -26,7 +26,7 @@ from proxy.explain.surroundings import HOOKS, ForeignChain, Hook, Surroundings
 from proxy.offline import standing_of
 from proxy.render import render_on
 from proxy.report import Contested, Followed, SourceReport, Trouble, Unserved
-from proxy.sources.manifests import load
+from proxy.sources.manifest_loading import load
 from proxy.verify import Verified
 from rules.dataplane import UnavailableError
 from rules.diff import compare

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.config.settings import Settings
 from proxy.render import render
-from proxy.sources.manifests import load
+from proxy.sources.manifest_loading import load
 from rules.diff import compare
 from rules.foreign import detect
 from rules.foreign.comparison import as_held_by, capabilities_of, named

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.config.settings import Settings
 from proxy.render import render
-from proxy.sources.manifests import load
+from proxy.sources.manifest_loading import load
 from rules.diff import Drift, Presence, compare
 from rules.foreign.comparison import ALLOWANCES, as_held_by, capabilities_of
 from rules.foreign.detect import readings

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from proxy.objects import Key
-from proxy.sources.manifests import load
+from proxy.sources.manifest_loading import load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))

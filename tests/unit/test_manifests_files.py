@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from proxy.sources import manifest_files
-from proxy.sources.manifest_files import Tools, scan
-from proxy.sources.manifests import Unreadable, load
+from proxy.sources.manifest_files import Tools, Unreadable, scan
+from proxy.sources.manifest_loading import load
 from proxy.sources.yaml_children import Converter
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.objects import Key
+from proxy.sources.manifest_loading import loads
 from proxy.sources.manifest_objects import Content, FileError, keep_last_valid, merge, parse
-from proxy.sources.manifests import loads
 from proxy.sources.yaml_children import Converter
 
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from proxy.objects import Key
 from proxy.sources import manifests
 from proxy.sources.base import Resource
-from proxy.sources.manifests import ManifestSource, load
+from proxy.sources.manifest_loading import load
+from proxy.sources.manifests import ManifestSource
 from proxy.sources.watching import entries_on_the_way
 
 DEADLINE = 10

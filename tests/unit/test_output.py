@@ -18,7 +18,7 @@ from proxy.config.settings import Settings
 from proxy.dump import Filter
 from proxy.lock import HeldError
 from proxy.output import Shown, facts_lines, table_rows, to_json, write
-from proxy.sources.manifests import loads
+from proxy.sources.manifest_loading import loads
 from rules.dataplane import DataplaneError, UnavailableError
 from rules.forwarding import (
     Family,
