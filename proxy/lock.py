@@ -7,12 +7,11 @@ their process dies, however it dies.
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import struct
+
+from proxy.peers import is_ours, peer
 
 _NAME = "\0sluice-agent"
-_UCRED = struct.Struct("=iII")
 
 
 class HeldError(Exception):
@@ -50,10 +49,10 @@ def _holder() -> str:
         client.setblocking(False)
         try:
             client.connect(_NAME)
-            pid, user, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            pid, user = peer(client)
         except OSError:
             return f"{agent} (process unknown)"
-    if user not in (0, os.geteuid()):
+    if not is_ours(user):
         return (
             f"process {pid} of user {user}, which is no agent, holds the abstract Unix socket @{_NAME[1:]}, which the"
             " agent of a network namespace listens on: end it"

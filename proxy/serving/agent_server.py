@@ -16,7 +16,6 @@ import errno
 import os
 import socket
 import stat
-import struct
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import msgspec
 
 from proxy.agent_socket import LONGEST_REQUEST, NAME, UNREADABLE, VERSION, Line, Request
 from proxy.logs import get_logger
+from proxy.peers import is_ours, peer
 
 REQUEST_SECONDS = 10.0
 """In which a request must have come."""
@@ -37,7 +37,6 @@ REST = 1.0
 RETRY = 30.0
 """Seconds between attempts to make the socket."""
 
-_UCRED = struct.Struct("=iII")
 _log = get_logger("sluice.socket")
 
 Answer = AsyncGenerator[tuple[str, Any], None]
@@ -115,7 +114,7 @@ class AgentServer:
 
     async def _respond(self, connection: socket.socket) -> None:
         try:
-            if _user_of(connection) not in (0, os.geteuid()):
+            if not is_ours(peer(connection)[1]):
                 raise RefusedError("this socket is for root alone")  # noqa: TRY301  # the one way to answer no
             if self._connections > CONNECTIONS:
                 raise RefusedError("too many ask at once: try again")  # noqa: TRY301  # likewise
@@ -201,7 +200,7 @@ def _make_directory(directory: Path) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()
     # Whoever may write there could put a socket of their own in our socket's place.
-    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not is_ours(found.st_uid) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError(errno.EPERM, "others than root may write there", str(directory))
 
 
@@ -215,8 +214,3 @@ def _is_served(path: Path) -> bool:
         except OSError:
             return False
     return True
-
-
-def _user_of(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return int(_UCRED.unpack(credentials)[1])

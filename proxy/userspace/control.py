@@ -17,13 +17,13 @@ it has applied: the next agent finds it in `Welcome` and knows what the worker s
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from typing import TypeVar
 
 import msgspec
 
+from proxy.peers import is_ours, peer
 from rules.forwarding import Address, Backend, Detector, Endpoint, Family, Frontend, Prefix, Route
 
 VERSION = 1
@@ -34,7 +34,6 @@ CONNECT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 _HEAD = struct.Struct("!I")
 HEAD_BYTES = _HEAD.size
-_CREDENTIALS = struct.Struct("3i")
 
 
 class WireNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,17 +275,6 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
         raise msgspec.DecodeError(str(error)) from None
 
 
-def peer(connection: socket.socket) -> tuple[int, int]:
-    """The process at the other end of a Unix socket, 0 if it is of another process namespace, and its user."""
-    pid, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return pid, user
-
-
-def peer_may_talk(connection: socket.socket) -> bool:
-    """Whether the other end of a Unix socket is of this process's user, or root."""
-    return peer(connection)[1] in (0, os.geteuid())
-
-
 class Connection:
     """A blocking connection to one worker, for the agent's threads.  Not for two threads at once."""
 
@@ -303,7 +291,7 @@ class Connection:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(control_name(index))
-            answer = self._greet(greet) if peer_may_talk(self._socket) else Failed("its user is another")
+            answer = self._greet(greet) if is_ours(peer(self._socket)[1]) else Failed("its user is another")
         except OSError as error:
             self._socket.close()
             raise ControlError(f"worker {index} is not there: {error}") from error

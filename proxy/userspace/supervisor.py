@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from proxy.peers import is_ours, peer
 from proxy.userspace.anyip import read_routes
 from proxy.userspace.control import (
     Connection,
@@ -37,7 +38,6 @@ from proxy.userspace.control import (
     Drain,
     Stop,
     control_name,
-    peer,
 )
 from rules.dataplane import DataplaneError
 from rules.forwarding import Family
@@ -281,7 +281,7 @@ def _pid_of(index: int) -> int | None:
         try:
             end.connect(control_name(index))
             pid, user = peer(end)
-            return pid if user in (0, os.geteuid()) else -1
+            return pid if is_ours(user) else -1
         except BlockingIOError:
             return 0  # its queue is full: it is there, and doesn't accept
         except OSError:

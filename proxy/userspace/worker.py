@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from proxy.peers import is_ours, peer
 from proxy.userspace import control
 from proxy.userspace.choose import Memory
 from proxy.userspace.control import (
@@ -159,7 +160,7 @@ class Worker:
         self._connections.add(task)
         watcher = Watcher(self._watchers)
         try:
-            if not control.peer_may_talk(writer.get_extra_info("socket")):
+            if not is_ours(peer(writer.get_extra_info("socket"))[1]):
                 return
             while True:
                 body = await reader.readexactly(control.body_length(await reader.readexactly(control.HEAD_BYTES)))
