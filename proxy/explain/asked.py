@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from proxy.addresses import lenient_address
+from proxy.naming import KIND, without_kind
 from proxy.objects import Key
 from rules.explanation import Origin
 from rules.forwarding import Address, Protocol, format_host
@@ -14,8 +15,7 @@ from rules.forwarding import Address, Protocol, format_host
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[0-9.]+)):(?P<port>\d{1,5})(?:/(?P<protocol>\w+))?")
 _NAME = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _SERVICE = re.compile(rf"(?P<namespace>{_NAME})/(?P<name>{_NAME})(?::(?P<port>[-a-z0-9]+))?")
-_KIND = r"(?:svc|services?)"
-_KUBECTLS = re.compile(rf"(?:(?P<namespace>[^/:]+)/)?{_KIND}/(?P<rest>[^/]+)|(?P<alone>{_NAME}(?::[-a-z0-9]+)?)")
+_ALONE = re.compile(rf"{_NAME}(?::[-a-z0-9]+)?")
 _FORMS = "ADDRESS:PORT[/PROTO] (10.96.0.1:443, [fd00::1]:53/UDP) nor [NAMESPACE/]SERVICE[:PORT]"
 
 
@@ -40,7 +40,7 @@ class AskedService(NamedTuple):
     def __str__(self) -> str:
         namespace, name = self.key
         # A namespace of such a name would be read as a kind.
-        service = f"{namespace}/svc/{name}" if re.fullmatch(_KIND, namespace) else str(self.key)
+        service = f"{namespace}/svc/{name}" if re.fullmatch(KIND, namespace) else str(self.key)
         return f"{service}:{self.port}" if self.port else service
 
 
@@ -61,10 +61,10 @@ def qualified(text: str, namespace: str = "") -> str:
 
     `namespace` is that of who says none; empty: `default`, as kubectl has it.
     """
-    found = _KUBECTLS.fullmatch(text)
-    if found is None:
-        return text
-    return f"{found['namespace'] or namespace or 'default'}/{found['rest'] or found['alone']}"
+    name = without_kind(text)
+    if "/" in name or not (name != text or _ALONE.fullmatch(text)):
+        return name
+    return f"{namespace or 'default'}/{name}"
 
 
 def parse_asked(text: str) -> Asked:

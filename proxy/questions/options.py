@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -40,8 +39,10 @@ def address_in(option: str, text: str) -> bytes:
 
 
 def service_in(text: str) -> str:
-    """What `--service` was given, without the kind that kubectl puts before a name (`svc/web`, `shop/svc/web`)."""
-    return re.sub(r"(^|/)(svc|services?)/(?=[^/]+$)", r"\1", text)
+    """What `--service` was given, without the kind that kubectl puts before a name."""
+    from proxy.naming import without_kind  # noqa: PLC0415  # see the head of proxy.cli
+
+    return without_kind(text)
 
 
 def log_warnings_alone(ctx: click.Context) -> None:
