@@ -143,10 +143,10 @@ class _Underway(Generic[_Key]):
                 del self._by_source[source]
         return traced
 
-    def of(self, passed: Passed) -> _Key | None:
+    def of(self, passed: Passed) -> tuple[_Key, Traced] | None:
         """Whose line it is; None: of none of these."""
         keys = self._by_source.get(_source(passed.headers), ())
-        return next((key for key in keys if _is_of(passed, self._packets[key])), None)
+        return next(((key, traced) for key in keys if _is_of(passed, traced := self._packets[key])), None)
 
 
 class _Early:
@@ -239,15 +239,15 @@ class Assembly:
 
     def _lined(self, packets: _Underway[_Key], passed: Passed) -> list[Traced] | None:
         """Write a line to its packet; the packets that end with it; None: it is not among these."""
-        key = packets.of(passed)
-        traced = packets.pop(key) if key is not None else None
-        if key is None or traced is None:
+        found = packets.of(passed)
+        if found is None:
             return None
-        traced = _went_through(traced, passed, self._whose)
-        if traced.dropped is not None:
-            return [traced]
-        packets.put(key, traced)
-        return []
+        key, traced = found[0], _went_through(found[1], passed, self._whose)
+        if traced.dropped is None:
+            packets.put(key, traced)
+            return []
+        packets.pop(key)
+        return [traced]
 
 
 def _source(headers: Headers) -> _Source:
